@@ -1,0 +1,37 @@
+// The few words that every engine shares. Freestanding: g++, clang, nvcc and NVRTC compile it without any other header.
+#pragma once
+
+#if defined(__CUDACC__)
+#define STROBE_HD __host__ __device__ __forceinline__
+#else
+#define STROBE_HD inline
+#endif
+
+namespace strobe {
+
+using i32 = int;
+using i64 = long long;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using u16 = unsigned short;
+using u8 = unsigned char;
+
+// Larger than any length, small enough that sums of a few of them do not overflow.
+constexpr i64 kUnbounded = i64(1) << 60;
+
+enum class DType : i32 { f32 = 1, f16 = 2, bf16 = 3 };
+
+template <class T>
+STROBE_HD constexpr T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+STROBE_HD constexpr T max(T a, T b) {
+  return a < b ? b : a;
+}
+template <class T>
+STROBE_HD constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace strobe
