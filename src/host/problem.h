@@ -1,5 +1,5 @@
 // Checked arguments: turns the C ABI's structs into the engine's parameters, or into an error that a user can act on.
-// Every user-facing check lives in problem.cpp.
+// Every user-facing check lives in this folder: problem.cpp runs them in order, check_*.cpp hold them.
 #pragma once
 
 #include <cstdint>
