@@ -1,7 +1,8 @@
 /* Strobe's C ABI: exact flash attention over plain-old-data tensors. Needs nothing but C99 and <stdint.h>.
  *
  * Every call checks all of its arguments before it reads or writes tensor data. It returns STROBE_OK or a status,
- * and strobe_last_error() then holds the text (per thread) that names the function, what was given and what is allowed. */
+ * and strobe_last_error() then holds the text (per thread) that names the function, what was given and what is allowed.
+ */
 #ifndef STROBE_STROBE_H
 #define STROBE_STROBE_H
 
@@ -63,28 +64,30 @@ typedef struct strobe_executor {
 /* The arguments that forward, backward and decoding share. Initialise with strobe_args_init().
  * Shapes: b batch, sq/sk query/key lengths, h/hk/hv query/key/value heads (hk and hv divide h), d/dv head dims. */
 typedef struct strobe_args {
-  size_t struct_size;   /* set by strobe_args_init */
-  const char* function; /* the name that errors begin with; null: the C function's own */
+  size_t struct_size;       /* set by strobe_args_init */
+  const char* function;     /* the name that errors begin with; null: the C function's own */
   const strobe_tensor* q;   /* [b, sq, h, d], packed: [total_q, h, d] */
   const strobe_tensor* k;   /* [b, sk, hk, d], packed: [total_k, hk, d], paged: [num_pages, page_size, hk, d] */
   const strobe_tensor* v;   /* as k with [.., hv, dv] */
   const strobe_tensor* out; /* as q with [.., h, dv]; written */
-  const strobe_tensor* lse; /* f32 [b, h, sq], packed: [h, total_q]; natural log, +inf where a row sees no key; written */
+  const strobe_tensor*
+      lse; /* f32 [b, h, sq], packed: [h, total_q]; natural log, +inf where a row sees no key; written */
   const strobe_tensor* cu_seqlens_q; /* i32 [b + 1] */
   const strobe_tensor* cu_seqlens_k; /* i32 [b + 1] */
   const strobe_tensor* seqused_q;    /* i32 [b]: query rows used of each sequence */
-  const strobe_tensor* seqused_k;    /* i32 [b]: keys used of each sequence, left padding included (kvcache: before appending) */
-  const strobe_tensor* leftpad_k;    /* i32 [b]: keys to skip at the front */
-  const strobe_tensor* page_table;   /* i32 [b, max_pages]; -1 in columns that are not used */
+  const strobe_tensor*
+      seqused_k; /* i32 [b]: keys used of each sequence, left padding included (kvcache: before appending) */
+  const strobe_tensor* leftpad_k;       /* i32 [b]: keys to skip at the front */
+  const strobe_tensor* page_table;      /* i32 [b, max_pages]; -1 in columns that are not used */
   const strobe_tensor* cache_batch_idx; /* i32 [b]: row of k/v that sequence b uses (kvcache) */
-  const strobe_tensor* full_from;    /* i32 [b]: query rows i >= full_from[b] have no left window bound */
-  const strobe_tensor* alibi_slopes; /* f32 [h] or [b, h] */
-  const strobe_tensor* s_aux;        /* f32, f16 or bf16 [h]: learned sinks, natural-log units */
-  int64_t max_seqlen_q, max_seqlen_k; /* packed: upper bounds of the lengths; -1: not given */
-  int32_t has_softmax_scale;          /* 0: d ** -0.5 */
+  const strobe_tensor* full_from;       /* i32 [b]: query rows i >= full_from[b] have no left window bound */
+  const strobe_tensor* alibi_slopes;    /* f32 [h] or [b, h] */
+  const strobe_tensor* s_aux;           /* f32, f16 or bf16 [h]: learned sinks, natural-log units */
+  int64_t max_seqlen_q, max_seqlen_k;   /* packed: upper bounds of the lengths; -1: not given */
+  int32_t has_softmax_scale;            /* 0: d ** -0.5 */
   double softmax_scale;
-  double softcap;   /* 0: off */
-  double dropout_p; /* [0, 1) */
+  double softcap;        /* 0: off */
+  double dropout_p;      /* [0, 1) */
   uint64_t seed, offset; /* Philox key and counter offset of the dropout mask */
   int32_t causal;
   int64_t window_left, window_right; /* -1: unbounded */
@@ -100,11 +103,11 @@ typedef struct strobe_args {
 typedef struct strobe_backward_args {
   size_t struct_size;
   strobe_args fwd;
-  const strobe_tensor* dout; /* as out */
-  const strobe_tensor* dlse; /* as lse, or null */
-  const strobe_tensor* dq;   /* as q */
-  const strobe_tensor* dk;   /* as k */
-  const strobe_tensor* dv;   /* as v */
+  const strobe_tensor* dout;   /* as out */
+  const strobe_tensor* dlse;   /* as lse, or null */
+  const strobe_tensor* dq;     /* as q */
+  const strobe_tensor* dk;     /* as k */
+  const strobe_tensor* dv;     /* as v */
   const strobe_tensor* ds_aux; /* f32 [h], required iff s_aux is given */
 } strobe_backward_args;
 

@@ -2,20 +2,23 @@
 //
 //   visible(i, j)  <=>  j < min(seqlen_k, i + off + right + 1)  and  (j >= max(0, i + off - left)  or  j < keep_first)
 //
-// with off = seqlen_k - seqlen_q, and left unbounded for rows i >= full_from. A row's keys are two intervals at most (kept
-// tokens, window) whose ends never decrease with i on either side of full_from; everything below follows from that.
+// with off = seqlen_k - seqlen_q, and left unbounded for rows i >= full_from. A row's keys are two intervals at most
+// (kept tokens, window) whose ends never decrease with i on either side of full_from; everything below follows from
+// that.
 #pragma once
 
 #include "base.h"
 
 namespace strobe {
 
-// The keys of a row: [0, kept_end) and [begin, end), with kept_end <= begin; kept tokens that touch the window belong to it.
+// The keys of a row: [0, kept_end) and [begin, end), with kept_end <= begin; kept tokens that touch the window belong
+// to it.
 struct Keys {
   i64 kept_end, begin, end;
 };
 
-// The rows that see a key: [begin, end) through the window or a kept token, and [full_begin, full_end) from full_from on.
+// The rows that see a key: [begin, end) through the window or a kept token, and [full_begin, full_end) from full_from
+// on.
 struct Queries {
   i64 begin, end, full_begin, full_end;
 };
@@ -106,12 +109,14 @@ struct Mask {
     const i64 full_tile_begin = ceil_div(full_begin, block_m);
     if (full_end >= full_from_row) {  // no gap between the two
       const i64 full_tile_end = full_begin < seqlen_q ? all_end : 0;
-      return one_run(begin < seqlen_q ? make_run(begin / block_m, full_tile_begin, full_tile_end, all_end) : Run{0, 0, 0, 0});
+      return one_run(begin < seqlen_q ? make_run(begin / block_m, full_tile_begin, full_tile_end, all_end)
+                                      : Run{0, 0, 0, 0});
     }
     const bool kept = first < keep_first;
     if (begin >= seqlen_q) return one_run({0, 0, 0, 0});
     if (full_from_row >= seqlen_q && !kept)
-      return one_run(make_run(begin / block_m, full_tile_begin, full_end / block_m, end > begin ? ceil_div(end, block_m) : 0));
+      return one_run(
+          make_run(begin / block_m, full_tile_begin, full_end / block_m, end > begin ? ceil_div(end, block_m) : 0));
     const i64 second = min(seqlen_q, max(begin, full_from_row)) / block_m;
     const i64 second_full = full_begin < seqlen_q ? ceil_div(max(full_begin, full_from_row), block_m) : all_end;
     const i64 window_end = kept ? second : min(second, end > begin ? ceil_div(end, block_m) : 0);

@@ -15,10 +15,10 @@ struct Rows {
 };
 
 struct AttnParams {
-  Rows q;    // [batch, seqlen_q, num_heads, head_dim]
-  Rows k;    // [batch, seqlen_k, num_heads_k, head_dim]
-  Rows v;    // [batch, seqlen_k, num_heads_v, head_dim_v]
-  Rows out;  // [batch, seqlen_q, num_heads, head_dim_v]
+  Rows q;                // [batch, seqlen_q, num_heads, head_dim]
+  Rows k;                // [batch, seqlen_k, num_heads_k, head_dim]
+  Rows v;                // [batch, seqlen_k, num_heads_v, head_dim_v]
+  Rows out;              // [batch, seqlen_q, num_heads, head_dim_v]
   float* lse = nullptr;  // [batch, num_heads, seqlen_q], packed: [num_heads, total_q]; may be null in forward
   i64 lse_batch_stride = 0, lse_head_stride = 0;
 
@@ -29,8 +29,9 @@ struct AttnParams {
 
   // Sequences (seqlen.h resolves them).
   i64 seqlen_q = 0;  // fixed: the length; packed: the largest length
-  i64 seqlen_k = 0;  // fixed: the length or the cache's capacity; packed: the largest length; paged: max_pages * page_size
-  i64 total_q = 0;   // rows of q in all (batch * seqlen_q where fixed)
+  i64 seqlen_k =
+      0;  // fixed: the length or the cache's capacity; packed: the largest length; paged: max_pages * page_size
+  i64 total_q = 0;                       // rows of q in all (batch * seqlen_q where fixed)
   const i32* cu_seqlens_q = nullptr;     // [batch + 1]
   const i32* cu_seqlens_k = nullptr;     // [batch + 1]
   const i32* seqused_q = nullptr;        // [batch]
@@ -53,7 +54,7 @@ struct AttnParams {
 
   // Score.
   float scale = 1.f;
-  float softcap = 0.f;  // 0: off
+  float softcap = 0.f;                  // 0: off
   const float* alibi_slopes = nullptr;  // [num_heads], or [batch, num_heads] with alibi_batch_stride
   i64 alibi_batch_stride = 0;
   const float* s_aux = nullptr;  // [num_heads], natural-log units
@@ -73,7 +74,7 @@ struct BackwardParams {
 // Appends k_new and v_new at seqused_k, turning q and k_new by rotary position first; attention follows.
 struct KVCacheParams {
   AttnParams fwd;
-  Rows k_new, v_new;  // [batch, seqlen_new, heads, dim]; data null: nothing to append
+  Rows k_new, v_new;                 // [batch, seqlen_new, heads, dim]; data null: nothing to append
   const void* rotary_cos = nullptr;  // [seqlen_ro, rotary_dim / 2], dtype of q, contiguous
   const void* rotary_sin = nullptr;
   i64 rotary_dim = 0;  // 0: no rotary

@@ -1,5 +1,6 @@
-// Dropout bits: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), the same on every
-// engine. One call serves eight scores of a 16 x 16 block, those that one lane of an m16n8 matrix instruction holds:
+// Dropout bits: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), the same on
+// every engine. One call serves eight scores of a 16 x 16 block, those that one lane of an m16n8 matrix instruction
+// holds:
 //
 //   counter = (j / 16, i / 16, (batch * num_heads + head) * 32 + lane, offset)    lane = (i % 8) * 4 + (j % 8) / 2
 //   word    = (j / 8 % 2) * 2 + i / 8 % 2, its low half for even j, its high half for odd j

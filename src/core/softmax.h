@@ -1,5 +1,6 @@
-// The softmax of a row as a running (max, sum), mergeable (Milakov and Gimelshein, arXiv 1805.02867), and the only home of
-// the infinity rules: a row without a visible key gives out 0 and LSE +inf, or LSE = sink where it has a learned sink.
+// The softmax of a row as a running (max, sum), mergeable (Milakov and Gimelshein, arXiv 1805.02867), and the only home
+// of the infinity rules: a row without a visible key gives out 0 and LSE +inf, or LSE = sink where it has a learned
+// sink.
 #pragma once
 
 #include "base.h"
