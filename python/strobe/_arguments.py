@@ -1,0 +1,85 @@
+"""What the public functions share: from FlashAttention's arguments to `Side` and `Options`. Values are checked in the core."""
+
+import numbers
+import os
+
+import torch
+from torch import Tensor
+
+from strobe._ops import Options
+
+
+def last_contiguous(x):
+    """x, or a copy (differentiable) where its last stride is not 1."""
+    return x.contiguous() if isinstance(x, Tensor) and x.dim() > 0 and x.stride(-1) != 1 and x.shape[-1] != 1 else x
+
+
+def autocast(*tensors):
+    """Under torch.autocast, fp32 tensors in its dtype, as scaled_dot_product_attention takes them."""
+    if not torch.is_autocast_enabled("cpu"):
+        return tensors
+    dtype = torch.get_autocast_dtype("cpu")
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in tensors)
+
+
+def one_of(function: str, **given):
+    """The one argument given among aliases."""
+    named = {name: value for name, value in given.items() if value is not None}
+    if len(named) > 1:
+        raise TypeError(f"{function}: {' and '.join(named)} are names of one argument, give only one of them")
+    return next(iter(named.values()), None)
+
+
+def whole(function: str, name: str, value) -> int:
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_floating_point():
+        return int(value)
+    if isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool):
+        return value
+    raise TypeError(f"{function}: {name} is {value!r}, it takes an integer")
+
+
+def real(function: str, name: str, value) -> float:
+    if isinstance(value, (numbers.Real, torch.SymFloat)) and not isinstance(value, bool):
+        return float(value)
+    raise TypeError(f"{function}: {name} is {value!r}, it takes a number")
+
+
+def lengths(function: str, name: str, value, batch: int):
+    """An int32 [batch] tensor from one, or from an int that holds for every sequence."""
+    if value is None or (isinstance(value, Tensor) and value.dim() > 0):
+        return value
+    return torch.full((batch,), whole(function, name, value), dtype=torch.int32)
+
+
+def options(
+    function: str, *, softmax_scale, causal, window_size, softcap, keep_first, force_fa_decode, backend,
+    dropout_p=0.0, deterministic=False, max_seqlen_q=-1, max_seqlen_k=-1,
+) -> Options:  # fmt: skip
+    window = (-1, -1) if window_size is None else window_size
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"{function}: window_size is {window_size!r}, it takes (left, right), -1 for unbounded")
+    return Options(
+        function,
+        whole(function, "max_seqlen_q", max_seqlen_q),
+        whole(function, "max_seqlen_k", max_seqlen_k),
+        None if softmax_scale is None else real(function, "softmax_scale", softmax_scale),
+        real(function, "softcap", softcap),
+        real(function, "dropout_p", dropout_p),
+        0,
+        0,
+        bool(causal),
+        whole(function, "window_size", window[0]),
+        whole(function, "window_size", window[1]),
+        whole(function, "keep_first", keep_first),
+        bool(force_fa_decode),
+        bool(deterministic),
+        backend or os.environ.get("STROBE_BACKEND"),
+    )
+
+
+def result(function: str, q, out, lse, dropout_p: float, return_attn_probs: bool):
+    if not return_attn_probs:
+        return out
+    if dropout_p > 0:
+        raise NotImplementedError(f"{function}: return_attn_probs with dropout_p > 0 is not implemented")
+    return out, lse, q.new_empty(0)
