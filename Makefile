@@ -5,7 +5,7 @@ SOURCES := $(shell find include src python CMakeLists.txt pyproject.toml -type f
 
 .PHONY: test cpp-test python-test check format clean
 
-test: check cpp-test
+test: check cpp-test python-test
 
 $(VENV)/.ready: requirements-dev.txt scripts/setup.sh
 	bash scripts/setup.sh $(VENV)

@@ -1,4 +1,4 @@
-"""What the public functions share: from FlashAttention's arguments to `Side` and `Options`. Values are checked in the core."""
+"""What the public functions share: from FlashAttention's arguments to `Side` and `Options`. The core checks values."""
 
 import numbers
 import os
@@ -75,11 +75,3 @@ def options(
         bool(deterministic),
         backend or os.environ.get("STROBE_BACKEND"),
     )
-
-
-def result(function: str, q, out, lse, dropout_p: float, return_attn_probs: bool):
-    if not return_attn_probs:
-        return out
-    if dropout_p > 0:
-        raise NotImplementedError(f"{function}: return_attn_probs with dropout_p > 0 is not implemented")
-    return out, lse, q.new_empty(0)

@@ -204,28 +204,50 @@ torch.library.register_autograd("strobe::fwd", _differentiate, setup_context=_se
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def attention(q, k, v, s_aux, side: Side, options: Options, out=None) -> tuple[Tensor, Tensor]:
-    """Checked later, in the extension: any call of the public functions. Picks the route."""
+def attend(q, k, v, s_aux, side: Side, options: Options, out=None, return_attn_probs=False):
+    """A call of the public functions: out, or (out, lse, S_dmask). The extension checks values."""
+    drop = options.dropout_p > 0
     if torch.compiler.is_compiling() or _traced(q, k, v, s_aux):
-        if out is not None:
-            raise NotImplementedError(f"{options.function}: out= is for eager calls")
-        rng_state = torch.randint(0, 2**62, (2,)) if options.dropout_p > 0 else None
-        return torch.ops.strobe.fwd(q, k, v, s_aux, *_pack(side, options, rng_state))
+        if out is not None or (return_attn_probs and drop):
+            raise NotImplementedError(
+                f"{options.function}: out= and return_attn_probs with dropout are for eager calls"
+            )
+        rng_state = torch.randint(0, 2**62, (2,)) if drop else None
+        out, lse = torch.ops.strobe.fwd(q, k, v, s_aux, *_pack(side, options, rng_state))
+        return (out, lse, q.new_empty(0)) if return_attn_probs else out
     if torch.autograd.forward_ad._current_level >= 0:
         for x in (q, k, v, s_aux):
             if isinstance(x, Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
                 raise NotImplementedError(f"{options.function}: forward-mode derivatives are not implemented")
-    if options.dropout_p > 0:
+    if drop:
         options = _seeded(options, torch.randint(0, 2**62, (2,)))
     functorch = torch._C._are_functorch_transforms_active()
     grad = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, s_aux))
-    if not functorch and not grad:
-        return run_forward(q, k, v, s_aux, side, options, out)
-    if out is not None:
-        raise ValueError(
-            f"{options.function}: out is given, but a gradient is asked for; out takes no part in autograd"
-        )
-    return Attention.apply(q, k, v, s_aux, side, options)
+    if functorch or grad:
+        if out is not None:
+            raise ValueError(
+                f"{options.function}: out is given with inputs that require a gradient, which out cannot carry"
+            )
+        out, lse = Attention.apply(q, k, v, s_aux, side, options)
+    else:
+        out, lse = run_forward(q, k, v, s_aux, side, options, out)
+    if not return_attn_probs:
+        return out
+    return out, lse, _s_dmask(q, k, v, out, lse, s_aux, side, options) if drop else q.new_empty(0)
+
+
+def _s_dmask(q, k, v, out, lse, s_aux, side: Side, options: Options) -> Tensor:
+    """[batch, num_heads, rows, cols] probabilities, negative where dropped; rows and cols are rounded up to 128."""
+    paged = side.page_table is not None
+    capacity = side.page_table.shape[1] * k.shape[1] if paged else k.shape[1]
+    packed = side.cu_seqlens_q is not None
+    rows = options.max_seqlen_q if packed else q.shape[1]
+    cols = options.max_seqlen_k if packed else capacity
+    batch = side.cu_seqlens_q.shape[0] - 1 if packed else q.shape[0]
+    s_dmask = torch.empty(batch, q.shape[-2], -(-rows // 128) * 128, -(-cols // 128) * 128, dtype=q.dtype)
+    tensors = [t.detach() if isinstance(t, Tensor) else t for t in (q, k, v, out, lse, *side, s_aux)]
+    _C.probabilities(tuple(tensors), options, s_dmask)
+    return s_dmask
 
 
 def _traced(*tensors) -> bool:

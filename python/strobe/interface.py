@@ -1,7 +1,7 @@
 """Attention over sequences of one length: FlashAttention 2's calls, with Strobe's options by keyword."""
 
-from strobe._arguments import autocast, last_contiguous, lengths, one_of, options, result
-from strobe._ops import Side, attention
+from strobe._arguments import autocast, last_contiguous, lengths, one_of, options
+from strobe._ops import Side, attend
 
 
 def _batch(q) -> int:
@@ -23,8 +23,7 @@ def _dense(
         full_from=lengths(function, "full_from", full_from, _batch(q)),
         alibi_slopes=alibi_slopes,
     )
-    out, lse = attention(q, k, v, s_aux, side, call, out)
-    return result(function, q, out, lse, dropout_p, return_attn_probs)
+    return attend(q, k, v, s_aux, side, call, out, return_attn_probs)
 
 
 def flash_attn_func(
@@ -34,8 +33,8 @@ def flash_attn_func(
 ):  # fmt: skip
     """Exact attention, differentiable in q, k, v and s_aux.
 
-    Query i sees key j if ``j < min(seqlen_k, i + off + right + 1)`` and (``j >= i + off - left`` or ``j < keep_first``),
-    with ``off = seqlen_k - seqlen_q``.
+    Query i sees key j if ``j < min(seqlen_k, i + off + right + 1)`` and (``j >= i + off - left`` or
+    ``j < keep_first``), with ``off = seqlen_k - seqlen_q``.
 
     Args:
         q: [batch, seqlen_q, num_heads, head_dim], float32, float16 or bfloat16.
@@ -48,7 +47,7 @@ def flash_attn_func(
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is off. Not with dropout.
         alibi_slopes: float32 [num_heads] or [batch, num_heads]; adds ``-slope * |i + off - j|`` (arXiv 2108.12409).
         deterministic: accepted; results are always the same bits.
-        return_attn_probs: also return the LSE and an empty tensor.
+        return_attn_probs: also return the LSE and S_dmask.
         keep_first: keys 0 .. keep_first - 1 have no left window bound (StreamingLLM, arXiv 2309.17453).
         force_fa_decode: no left window bound for a sequence of one query.
         full_from: int or int32 [batch]; no left window bound for query rows i >= full_from.
@@ -58,8 +57,10 @@ def flash_attn_func(
         backend: None or "auto" lets Strobe pick, "cpu" forces the CPU engine (default: STROBE_BACKEND).
 
     Returns:
-        out [batch, seqlen_q, num_heads, head_dim_v], or (out, lse, empty tensor) with lse float32
-        [batch, num_heads, seqlen_q], natural log. A row that sees no key gives out 0 and lse +inf.
+        out [batch, seqlen_q, num_heads, head_dim_v], or (out, lse, S_dmask) with lse float32
+        [batch, num_heads, seqlen_q], natural log. A row that sees no key gives out 0 and lse +inf. S_dmask is empty
+        without dropout, else the probabilities [batch, num_heads, rows, cols], sizes rounded up to 128, negative where
+        dropped.
 
     Raises:
         ValueError, TypeError: an argument is not allowed; nothing was written.

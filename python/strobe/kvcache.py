@@ -43,9 +43,7 @@ def flash_attn_with_kvcache(
         keep_first=keep_first, force_fa_decode=force_fa_decode, backend=backend,
     )  # fmt: skip
     if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k_cache, v_cache, k, v)):
-        raise ValueError(
-            f"{function}: an input requires a gradient; decoding with a cache has none, use torch.no_grad()"
-        )
+        raise ValueError(f"{function}: an input requires a gradient; a cache has none, use torch.no_grad()")
     q, k, v = map(last_contiguous, (q, k, v))
     side = Side(
         seqused_k=lengths(function, "cache_seqlens", cache_seqlens, _batch(q)),

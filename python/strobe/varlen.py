@@ -1,7 +1,7 @@
 """Attention over packed sequences of any lengths, with paged keys if wanted."""
 
-from strobe._arguments import autocast, last_contiguous, lengths, one_of, options, result
-from strobe._ops import Side, attention
+from strobe._arguments import autocast, last_contiguous, lengths, one_of, options
+from strobe._ops import Side, attend
 from strobe.interface import _shape
 
 
@@ -21,14 +21,14 @@ def _packed(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, page_table, None,
         lengths(function, "full_from", full_from, batch), alibi_slopes,
     )  # fmt: skip
-    out, lse = attention(q, k, v, s_aux, side, call, out)
-    return result(function, q, out, lse, dropout_p, return_attn_probs)
+    return attend(q, k, v, s_aux, side, call, out, return_attn_probs)
 
 
 def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
-    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
-    *, keep_first=0, force_fa_decode=False, full_from=None, s_aux=None, sinks=None, learnable_sink=None, seqused_q=None,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
+    block_table=None, *, keep_first=0, force_fa_decode=False, full_from=None, s_aux=None, sinks=None, learnable_sink=None,
+    seqused_q=None,
     seqused_k=None, leftpad_k=None, page_table=None, out=None, backend=None,
 ):  # fmt: skip
     """`flash_attn_func` over packed sequences.
@@ -44,7 +44,7 @@ def flash_attn_varlen_func(
         The others are those of `flash_attn_func`.
 
     Returns:
-        out [total_q, num_heads, head_dim_v], or (out, lse, empty tensor) with lse float32 [num_heads, total_q].
+        out [total_q, num_heads, head_dim_v], or (out, lse, S_dmask) with lse float32 [num_heads, total_q].
 
     Raises:
         ValueError, TypeError: an argument is not allowed; nothing was written.

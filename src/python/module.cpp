@@ -7,6 +7,7 @@
 #include <new>
 
 #include "cpu/cpu.h"
+#include "cpu/probabilities.h"
 #include "host/executor.h"
 #include "host/problem.h"
 #include "python/dlpack_abi.h"
@@ -177,6 +178,24 @@ PyObject* forward(PyObject*, PyObject* arguments) {
   });
 }
 
+// probabilities(tensors, options, s_dmask): tensors with the forward pass's out and lse.
+PyObject* probabilities(PyObject*, PyObject* arguments) {
+  return guarded([&]() -> PyObject* {
+    PyObject *tensors, *options, *s_dmask;
+    if (!PyArg_ParseTuple(arguments, "O!O!O", &PyTuple_Type, &tensors, &PyTuple_Type, &options, &s_dmask))
+      return nullptr;
+    Call call;
+    strobe_args args;
+    strobe_args_init(&args);
+    call.read_shared(tensors, options, args);
+    const strobe_tensor& matrix = *call.read(s_dmask, args.function, "s_dmask");
+    ForwardProblem problem;
+    check_forward(args, problem);
+    without_gil([&] { cpu::probabilities(problem.params, matrix.data, matrix.shape[2], matrix.shape[3]); });
+    Py_RETURN_NONE;
+  });
+}
+
 // backward(tensors, options, (dout, dlse, dq, dk, dv, ds_aux))
 PyObject* backward(PyObject*, PyObject* arguments) {
   return guarded([&]() -> PyObject* {
@@ -252,9 +271,13 @@ PyObject* bind(PyObject*, PyObject* type) {
 PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(cpu::isa_name()); }
 
 PyMethodDef methods[] = {
-    {"forward", forward, METH_VARARGS, nullptr}, {"backward", backward, METH_VARARGS, nullptr},
-    {"kvcache", kvcache, METH_VARARGS, nullptr}, {"bind", bind, METH_O, nullptr},
-    {"cpu_isa", cpu_isa, METH_NOARGS, nullptr},  {nullptr, nullptr, 0, nullptr},
+    {"forward", forward, METH_VARARGS, nullptr},
+    {"backward", backward, METH_VARARGS, nullptr},
+    {"kvcache", kvcache, METH_VARARGS, nullptr},
+    {"probabilities", probabilities, METH_VARARGS, nullptr},
+    {"bind", bind, METH_O, nullptr},
+    {"cpu_isa", cpu_isa, METH_NOARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
 };
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "strobe._C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
