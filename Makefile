@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := $(shell find include src python CMakeLists.txt pyproject.toml -type f ! -name '*.pyc')
 
-.PHONY: test cpp-test python-test check format clean
+.PHONY: test demo cpp-test python-test check format clean
 
 test: check cpp-test python-test
 
@@ -33,6 +33,9 @@ $(VENV)/.installed: $(VENV)/.ready $(SOURCES)
 
 python-test: $(VENV)/.installed
 	$(PY) -m pytest -q -p no:cacheprovider tests/py
+
+demo: $(VENV)/.installed
+	$(PY) demo/main.py
 
 clean:
 	rm -rf build dist .venv .venv-*

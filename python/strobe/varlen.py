@@ -27,9 +27,8 @@ def _packed(
 def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
-    block_table=None, *, keep_first=0, force_fa_decode=False, full_from=None, s_aux=None, sinks=None, learnable_sink=None,
-    seqused_q=None,
-    seqused_k=None, leftpad_k=None, page_table=None, out=None, backend=None,
+    block_table=None, *, keep_first=0, force_fa_decode=False, full_from=None, s_aux=None, sinks=None,
+    learnable_sink=None, seqused_q=None, seqused_k=None, leftpad_k=None, page_table=None, out=None, backend=None,
 ):  # fmt: skip
     """`flash_attn_func` over packed sequences.
 

@@ -96,13 +96,4 @@ void kvcache(const KVCacheParams& c, const strobe_executor& executor) {
   forward(turned, executor);
 }
 
-const char* isa_name() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
-    return "avx512";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
-#endif
-  return "baseline";
-}
-
 }  // namespace strobe::cpu

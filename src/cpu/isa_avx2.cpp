@@ -1,0 +1,2 @@
+#define STROBE_ISA avx2
+#include "engine.inl"

@@ -1,0 +1,2 @@
+#define STROBE_ISA avx512
+#include "engine.inl"

@@ -1,0 +1,2 @@
+#define STROBE_ISA avx512_bf16
+#include "engine.inl"

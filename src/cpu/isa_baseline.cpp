@@ -1,0 +1,2 @@
+#define STROBE_ISA baseline
+#include "engine.inl"
