@@ -41,7 +41,8 @@ struct RowResult {
   float scale, lse;
 };
 STROBE_HD RowResult finalize(const RowState& row, const float* sink) {
-  if (row.max == kNegInfinity) return {0.f, sink ? *sink : kInfinity};
+  // A row of NaN scores has no maximum either, but its sum says so.
+  if (row.max == kNegInfinity && row.sum == 0.f) return {0.f, sink ? *sink : kInfinity};
   // The sink joins the maximum too, so that one far above every score cannot overflow.
   const float m = sink ? max(row.max, *sink) : row.max;
   const float sum = sink ? row.sum * rescale(row.max, m) + rescale(*sink, m) : row.sum;
