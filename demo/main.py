@@ -1,12 +1,12 @@
-"""Trains a small GPT on real text with all attention by Strobe, checks it against PyTorch's, and generates with a KV cache."""
+"""Trains a small GPT on real text with all attention by Strobe, checks it against SDPA, generates with a KV cache."""
 
 import argparse
 import math
 import time
+from pydoc_data import topics
 
 import torch
 import torch.nn.functional as F
-from pydoc_data import topics
 from torch import nn
 
 import strobe
@@ -85,7 +85,9 @@ def check_against_dense(model, batch):
         gradients.append((loss.item(), [p.grad.clone() for p in model.parameters()]))
     (ours, a), (theirs, b) = gradients
     worst = max(((x - y).norm() / y.norm().clamp_min(1e-12)).item() for x, y in zip(a, b, strict=True))
-    print(f"one step against scaled_dot_product_attention: loss {ours:.6f} / {theirs:.6f}, gradients within {worst:.1e}")
+    print(
+        f"one step against scaled_dot_product_attention: loss {ours:.6f} / {theirs:.6f}, gradients within {worst:.1e}"
+    )
     if abs(ours - theirs) > 1e-4 or worst > 1e-3:
         raise SystemExit("the two differ")
 
