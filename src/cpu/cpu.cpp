@@ -40,6 +40,7 @@ const Engine& engine() {
 }  // namespace
 
 void forward(const AttnParams& params, const strobe_executor& executor) { engine().forward(params, executor); }
+void backward(const BackwardParams& params, const strobe_executor& executor) { engine().backward(params, executor); }
 const char* isa_name() { return engine().name; }
 
 }  // namespace strobe::cpu

@@ -9,6 +9,7 @@ namespace strobe::cpu {
 struct Engine {
   const char* name;
   void (*forward)(const AttnParams&, const strobe_executor&);
+  void (*backward)(const BackwardParams&, const strobe_executor&);
 };
 
 extern const Engine engine_baseline, engine_avx2, engine_avx512, engine_avx512_bf16, engine_neon;

@@ -5,6 +5,8 @@
 #undef STROBE_HD
 #define STROBE_HD inline __attribute__((always_inline))
 
+#include "backward.h"
+#include "decode.h"
 #include "engine.h"
 #include "forward.h"
 
@@ -14,7 +16,15 @@
 #define STROBE_NAME(a) STROBE_NAME_(a)
 
 namespace strobe::cpu {
+namespace STROBE_ISA {
 
-const Engine STROBE_CONCAT(engine_, STROBE_ISA) = {STROBE_NAME(STROBE_ISA), STROBE_ISA::forward};
+// Few query rows are a matter of memory bandwidth, and have a path of their own.
+inline void attend(const AttnParams& params, const strobe_executor& executor) {
+  decode_applies(params) ? decode(params, executor) : forward(params, executor);
+}
+
+}  // namespace STROBE_ISA
+
+const Engine STROBE_CONCAT(engine_, STROBE_ISA) = {STROBE_NAME(STROBE_ISA), STROBE_ISA::attend, STROBE_ISA::backward};
 
 }  // namespace strobe::cpu

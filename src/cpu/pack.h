@@ -5,6 +5,8 @@
 //   B (K x N):  float: dst[k * ld + n];  bf16: pairs along k, dst[k / 2 * 2 * ld + 2 * n + k % 2]
 #pragma once
 
+#include <cstddef>
+
 #include "simd.h"
 
 namespace strobe::cpu::STROBE_ISA {
