@@ -89,8 +89,6 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         q, k, v, s_aux, out, lse = ctx.saved_tensors
-        if torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in (dout, dlse)):
-            raise RuntimeError(f"{ctx.options.function}: second derivatives are not implemented")
         gradients = AttentionBackward.apply(dout, dlse, q, k, v, out, lse, s_aux, ctx.side, ctx.options)
         return *gradients, None, None
 
