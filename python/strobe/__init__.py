@@ -1,6 +1,6 @@
 """Strobe: exact flash attention for any head dimension and any window, forward and backward."""
 
-from strobe._ops import cpu_isa
+from strobe._extension import cpu_isa
 from strobe.interface import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 from strobe.kvcache import flash_attn_with_kvcache
 from strobe.varlen import flash_attn_varlen_func, flash_attn_varlen_kvpacked_func, flash_attn_varlen_qkvpacked_func

@@ -1,17 +1,20 @@
 """What the public functions share: from FlashAttention's arguments to `Side` and `Options`. The core checks values."""
 
 import numbers
-import os
 
 import torch
 from torch import Tensor
 
-from strobe._ops import Options
+from strobe._extension import Options
 
 
 def last_contiguous(x):
-    """x, or a copy (differentiable) where its last stride is not 1."""
-    return x.contiguous() if isinstance(x, Tensor) and x.dim() > 0 and x.stride(-1) != 1 and x.shape[-1] != 1 else x
+    """x, or a copy (differentiable) where its last stride is not 1 or its memory holds -x."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided:
+        return x
+    if not torch.compiler.is_compiling() and x.is_neg():
+        x = x.resolve_neg()
+    return x.contiguous() if x.dim() > 0 and x.stride(-1) != 1 and x.shape[-1] != 1 else x
 
 
 def autocast(*tensors):
@@ -58,6 +61,8 @@ def options(
     window = (-1, -1) if window_size is None else window_size
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise ValueError(f"{function}: window_size is {window_size!r}, it takes (left, right), -1 for unbounded")
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"{function}: backend is {backend!r}, it takes a name or None")
     return Options(
         function,
         whole(function, "max_seqlen_q", max_seqlen_q),
@@ -65,13 +70,10 @@ def options(
         None if softmax_scale is None else real(function, "softmax_scale", softmax_scale),
         real(function, "softcap", softcap),
         real(function, "dropout_p", dropout_p),
-        0,
-        0,
         bool(causal),
-        whole(function, "window_size", window[0]),
-        whole(function, "window_size", window[1]),
+        (whole(function, "window_size", window[0]), whole(function, "window_size", window[1])),
         whole(function, "keep_first", keep_first),
         bool(force_fa_decode),
         bool(deterministic),
-        backend or os.environ.get("STROBE_BACKEND"),
+        backend,
     )

@@ -1,10 +1,12 @@
 """Decoding with a cache of keys and values."""
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from strobe import _C
 from strobe._arguments import last_contiguous, lengths, one_of, options, whole
-from strobe._ops import Side
+from strobe._attend import attend_with_cache
+from strobe._extension import Side
 from strobe.interface import _batch
 
 
@@ -37,6 +39,17 @@ def flash_attn_with_kvcache(
         ValueError, TypeError: an argument is not allowed; nothing was written.
     """
     function = "flash_attn_with_kvcache"
+    s_aux = one_of(function, s_aux=s_aux, sinks=sinks, learnable_sink=learnable_sink)
+    page_table = one_of(function, block_table=block_table, page_table=page_table)
+    if not is_dynamo_compiling() and type(num_splits) is int:
+        result = _C.attend_with_cache(
+            q, k_cache, v_cache, s_aux, out, None, None, None, cache_seqlens, cache_leftpad, page_table,
+            cache_batch_idx, full_from, alibi_slopes, function, -1, -1, softmax_scale, softcap, 0.0, causal,
+            window_size, keep_first, force_fa_decode, False, backend, 0, 0, k, v, rotary_cos, rotary_sin,
+            rotary_interleaved, return_softmax_lse,
+        )  # fmt: skip
+        if result is not NotImplemented:
+            return result
     whole(function, "num_splits", num_splits)
     call = options(
         function, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
@@ -48,16 +61,11 @@ def flash_attn_with_kvcache(
     side = Side(
         seqused_k=lengths(function, "cache_seqlens", cache_seqlens, _batch(q)),
         leftpad_k=cache_leftpad,
-        page_table=one_of(function, block_table=block_table, page_table=page_table),
+        page_table=page_table,
         cache_batch_idx=cache_batch_idx,
         full_from=lengths(function, "full_from", full_from, _batch(q)),
         alibi_slopes=alibi_slopes,
     )
-    s_aux = one_of(function, s_aux=s_aux, sinks=sinks, learnable_sink=learnable_sink)
     extra = (k, v, rotary_cos, rotary_sin)
-    tensors = (q, k_cache, v_cache, out, None, *side, s_aux)
-    out_shape, lse_shape = _C.kvcache(tensors, call, extra, rotary_interleaved, False)
-    out = torch.empty(out_shape, dtype=q.dtype) if out is None else out
-    lse = torch.empty(lse_shape, dtype=torch.float32)
-    _C.kvcache((q, k_cache, v_cache, out, lse, *side, s_aux), call, extra, rotary_interleaved, True)
+    out, lse = attend_with_cache(q, k_cache, v_cache, s_aux, side, call, extra, bool(rotary_interleaved), out)
     return (out, lse) if return_softmax_lse else out

@@ -1,7 +1,11 @@
 """Attention over packed sequences of any lengths, with paged keys if wanted."""
 
+from torch.compiler import is_dynamo_compiling
+
+from strobe import _C
 from strobe._arguments import autocast, last_contiguous, lengths, one_of, options
-from strobe._ops import Side, attend
+from strobe._attend import attend
+from strobe._extension import Side
 from strobe.interface import _shape
 
 
@@ -10,6 +14,14 @@ def _packed(
     window_size, softcap, alibi_slopes, deterministic, return_attn_probs, keep_first, force_fa_decode, full_from, s_aux,
     backend, seqused_q=None, seqused_k=None, leftpad_k=None, page_table=None, out=None,
 ):  # fmt: skip
+    if not is_dynamo_compiling():
+        result = _C.attend(
+            q, k, v, s_aux, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, page_table, None,
+            full_from, alibi_slopes, function, max_seqlen_q, max_seqlen_k, softmax_scale, softcap, dropout_p, causal,
+            window_size, keep_first, force_fa_decode, deterministic, backend, 0, 0, return_attn_probs,
+        )  # fmt: skip
+        if result is not NotImplemented:
+            return (*result, q.new_empty(0)) if return_attn_probs is True else result
     call = options(
         function, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
         keep_first=keep_first, force_fa_decode=force_fa_decode, backend=backend, dropout_p=dropout_p,

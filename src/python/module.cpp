@@ -1,281 +1,230 @@
-// The extension strobe._C: reads torch tensors through the DLPack exchange API and calls the engine. Needs no libtorch.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#include <array>
-#include <cmath>
-#include <new>
-
+// The extension strobe._C. attend, attend_with_cache and record serve plain eager calls and turn anything unusual down
+// (NotImplemented); forward, backward, kvcache and probabilities are what strobe/_operators.py builds its operators
+// from.
 #include "cpu/cpu.h"
-#include "cpu/probabilities.h"
-#include "host/executor.h"
-#include "host/problem.h"
-#include "python/dlpack_abi.h"
-#include "python/torch_threads.h"
+#include "python/run.h"
+#include "python/torch_api.h"
 
 namespace strobe::python {
 namespace {
 
-DLPackExchangeAPI* exchange = nullptr;
-PyObject* tensor_type = nullptr;
+// autograd.Function.apply of `Recorded` (_autograd.py), whose forward is `record`.
+PyObject* apply_recorded = nullptr;
+PyObject *to_save = nullptr, *ctx_options = nullptr, *materialize = nullptr;
 
-// A Python exception is set.
-struct Raised {};
+// The call that attend has read and record runs, both within one apply: reading it twice would cost 0.4 us.
+struct Pending {
+  Call* call = nullptr;
+  PyObject* const* flat = nullptr;
+  bool return_lse = false;
+};
+thread_local Pending pending;
 
-int32_t dtype_of(const DLTensor& t) {
-  if (t.dtype.lanes != 1) return STROBE_OTHER;
-  if (t.dtype.code == kDLFloat && t.dtype.bits == 32) return STROBE_FLOAT32;
-  if (t.dtype.code == kDLFloat && t.dtype.bits == 16) return STROBE_FLOAT16;
-  if (t.dtype.code == kDLBfloat && t.dtype.bits == 16) return STROBE_BFLOAT16;
-  if (t.dtype.code == kDLInt && t.dtype.bits == 32) return STROBE_INT32;
-  if (t.dtype.code == kDLInt && t.dtype.bits == 64) return STROBE_INT64;
-  return STROBE_OTHER;
+void expect_arguments(const char* name, Py_ssize_t given, Py_ssize_t allowed) {
+  if (given == allowed) return;
+  PyErr_Format(PyExc_TypeError, "strobe._C.%s takes %zd arguments, %zd were given", name, allowed, given);
+  throw Raised{};
 }
 
-// None gives null. Shapes are copied: DLPack only lends them.
-const strobe_tensor* read_tensor(PyObject* object, const char* function, const char* name, strobe_tensor& out) {
-  if (object == Py_None) return nullptr;
-  if (PyObject_IsInstance(object, tensor_type) != 1) {
-    PyErr_Clear();
-    PyErr_Format(PyExc_TypeError, "%s: %s is a %S, it takes a torch.Tensor or None", function, name,
-                 (PyObject*)Py_TYPE(object));
+// A tuple's items, borrowed.
+template <int kCount>
+std::array<PyObject*, kCount> items_of(PyObject* tuple, const char* name) {
+  if (!PyTuple_Check(tuple)) {
+    PyErr_Format(PyExc_TypeError, "strobe._C.%s takes a tuple", name);
     throw Raised{};
   }
-  DLTensor t;
-  if (exchange->dltensor_from_py_object_no_sync(object, &t) != 0) throw Raised{};
-  out.data = static_cast<char*>(t.data) + t.byte_offset;
-  out.dtype = dtype_of(t);
-  out.device = t.device.type == 1 ? STROBE_CPU : t.device.type == 2 ? STROBE_CUDA : STROBE_OTHER_DEVICE;
-  out.device_index = t.device.id;
-  out.ndim = t.ndim;
-  for (int d = 0; d < t.ndim && d < STROBE_MAX_NDIM; ++d) {
-    out.shape[d] = t.shape[d];
-    out.stride[d] = t.strides[d];
-  }
-  return &out;
+  expect_arguments(name, PyTuple_Size(tuple), kCount);
+  std::array<PyObject*, kCount> items;
+  for (int n = 0; n < kCount; ++n) items[n] = PyTuple_GetItem(tuple, n);
+  return items;
 }
 
-struct NamedTensor {
-  const char* name;
-  const strobe_tensor* strobe_args::* field;
-};
-constexpr NamedTensor kTensors[] = {
-    {"q", &strobe_args::q},
-    {"k", &strobe_args::k},
-    {"v", &strobe_args::v},
-    {"out", &strobe_args::out},
-    {"lse", &strobe_args::lse},
-    {"cu_seqlens_q", &strobe_args::cu_seqlens_q},
-    {"cu_seqlens_k", &strobe_args::cu_seqlens_k},
-    {"seqused_q", &strobe_args::seqused_q},
-    {"seqused_k", &strobe_args::seqused_k},
-    {"leftpad_k", &strobe_args::leftpad_k},
-    {"page_table", &strobe_args::page_table},
-    {"cache_batch_idx", &strobe_args::cache_batch_idx},
-    {"full_from", &strobe_args::full_from},
-    {"alibi_slopes", &strobe_args::alibi_slopes},
-    {"s_aux", &strobe_args::s_aux},
-};
-constexpr size_t kTensorCount = std::size(kTensors);
-
-struct Call {
-  std::array<strobe_tensor, kTensorCount + 8> storage;
-  size_t used = 0;
-
-  const strobe_tensor* read(PyObject* object, const char* function, const char* name) {
-    return read_tensor(object, function, name, storage[used++]);
+void read_all(PyObject* const* flat, const char* name, Call& call) {
+  if (!read_options(flat + kTensors, call.args)) {
+    PyErr_Format(PyExc_TypeError, "strobe._C.%s: an option is not of the type that it takes", name);
+    throw Raised{};
   }
+  read_tensors(flat, call);
+}
 
-  void read_shared(PyObject* tensors, PyObject* options, strobe_args& args) {
-    long long max_q, max_k, left, right, keep;
-    unsigned long long seed, offset;
-    PyObject* scale;
-    int causal, force, deterministic;
-    if (!PyArg_ParseTuple(options, "sLLOddKKpLLLppz", &args.function, &max_q, &max_k, &scale, &args.softcap,
-                          &args.dropout_p, &seed, &offset, &causal, &left, &right, &keep, &force, &deterministic,
-                          &args.backend))
+PyObject* or_none(Ref& object) { return object ? object.release() : Py_NewRef(Py_None); }
+
+PyObject* new_or_given(Ref& fresh, PyObject* given) { return fresh ? fresh.release() : Py_NewRef(given); }
+
+PyObject* pair(Outputs& outputs, PyObject* given_out) {
+  Ref result(PyTuple_New(2));
+  PyTuple_SetItem(result.get(), 0, new_or_given(outputs.out, given_out));
+  PyTuple_SetItem(result.get(), 1, or_none(outputs.lse));
+  return result.release();
+}
+
+bool wants_gradient(PyObject* const* flat) {
+  return is_grad_enabled() &&
+         (requires_grad(flat[kQ]) || requires_grad(flat[kK]) || requires_grad(flat[kV]) || requires_grad(flat[kSAux]));
+}
+
+// True where a plain eager call may read its tensors and take its values as they are.
+bool is_usual(PyObject* const* flat, Call& call) {
+  if (is_unusual_state() || !read_options(flat + kTensors, call.args) || !read_plain_tensors(flat, call)) return false;
+  const strobe_args& args = call.args;
+  if (!args.q || !args.k || !args.v) return false;
+  const bool fp32 =
+      args.q->dtype == STROBE_FLOAT32 || args.k->dtype == STROBE_FLOAT32 || args.v->dtype == STROBE_FLOAT32;
+  return args.dropout_p == 0 && !(fp32 && is_autocast_enabled());
+}
+
+// attend(*flat, return_lse) -> out, (out, lse), or NotImplemented
+PyObject* attend(PyObject*, PyObject* const* flat, Py_ssize_t count) {
+  return guarded([&]() -> PyObject* {
+    expect_arguments("attend", count, kSlots + 1);
+    Call call;
+    if (!is_usual(flat, call)) return Py_NewRef(Py_NotImplemented);
+    const bool return_lse = flat[kSlots] == Py_True;
+    if (!wants_gradient(flat)) {
+      Outputs outputs = run_forward(call, return_lse);
+      return return_lse ? pair(outputs, flat[kOut]) : new_or_given(outputs.out, flat[kOut]);
+    }
+    if (call.args.out) return Py_NewRef(Py_NotImplemented);
+    pending = {&call, flat, return_lse};
+    Ref result(PyObject_CallFunctionObjArgs(apply_recorded, flat[kQ], flat[kK], flat[kV], flat[kSAux], nullptr));
+    pending = {};
+    return result.release();
+  });
+}
+
+// record(ctx, q, k, v, s_aux) -> out or (out, lse): forward of an autograd.Function, within attend. ctx keeps the
+// options; tensors are saved, so that what frees, moves or checks saved tensors reaches all of them.
+PyObject* record(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return guarded([&]() -> PyObject* {
+    expect_arguments("record", count, 5);
+    const Pending now = std::exchange(pending, {});
+    if (!now.call) throw Error(STROBE_INTERNAL, "strobe._C.record: called outside of attend");
+    PyObject* ctx = arguments[0];
+    Outputs outputs = run_forward(*now.call, true);
+    const Ref options(PyTuple_New(kOptions)), saved(PyTuple_New(kTensors + 1));
+    for (int n = 0; n < kOptions; ++n) PyTuple_SetItem(options.get(), n, Py_NewRef(now.flat[kTensors + n]));
+    const auto save = [&](int n, PyObject* object) { PyTuple_SetItem(saved.get(), n, Py_NewRef(object)); };
+    for (int n = 0; n < kTensors; ++n) save(n, n == kOut ? outputs.out.get() : now.flat[n]);
+    save(kTensors, outputs.lse.get());
+    if (PyObject_SetAttr(ctx, to_save, saved.get()) || PyObject_SetAttr(ctx, ctx_options, options.get()))
       throw Raised{};
-    args.max_seqlen_q = max_q;
-    args.max_seqlen_k = max_k;
-    args.has_softmax_scale = scale != Py_None;
-    if (args.has_softmax_scale) args.softmax_scale = PyFloat_AsDouble(scale);
-    if (PyErr_Occurred()) throw Raised{};
-    args.seed = seed;
-    args.offset = offset;
-    args.causal = causal;
-    args.window_left = left;
-    args.window_right = right;
-    args.keep_first = keep;
-    args.force_fa_decode = force;
-    args.deterministic = deterministic;
-    for (size_t n = 0; n < kTensorCount; ++n)
-      args.*kTensors[n].field = read(PyTuple_GetItem(tensors, Py_ssize_t(n)), args.function, kTensors[n].name);
-  }
-};
-
-const strobe_executor& executor() {
-  const strobe_executor* torch = torch_executor();
-  return torch ? *torch : default_executor();
-}
-
-PyObject* shape_tuple(const int64_t* shape, int ndim) {
-  PyObject* tuple = PyTuple_New(ndim);
-  for (int d = 0; tuple && d < ndim; ++d) PyTuple_SetItem(tuple, d, PyLong_FromLongLong(shape[d]));
-  return tuple;
-}
-
-PyObject* shapes_tuple(const OutputShapes& shapes) {
-  return Py_BuildValue("(NN)", shape_tuple(shapes.out, shapes.out_ndim), shape_tuple(shapes.lse, shapes.lse_ndim));
-}
-
-// Runs `body` and turns what it throws into a Python exception.
-template <class F>
-PyObject* guarded(F body) {
-  try {
-    return body();
-  } catch (const Raised&) {
-  } catch (const Error& error) {
-    PyObject* type = error.status == STROBE_INVALID_VALUE  ? PyExc_ValueError
-                     : error.status == STROBE_INVALID_TYPE ? PyExc_TypeError
-                     : error.status == STROBE_UNSUPPORTED  ? PyExc_NotImplementedError
-                                                           : PyExc_RuntimeError;
-    PyErr_SetString(type, error.what());
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
-}
-
-template <class F>
-void without_gil(F body) {
-  PyThreadState* state = PyEval_SaveThread();
-  try {
-    body();
-  } catch (...) {
-    PyEval_RestoreThread(state);
-    throw;
-  }
-  PyEval_RestoreThread(state);
-}
-
-// forward(tensors, options, run) -> ((out shape), (lse shape)); run false: only checks, so that outputs can be
-// allocated.
-PyObject* forward(PyObject*, PyObject* arguments) {
-  return guarded([&]() -> PyObject* {
-    PyObject *tensors, *options;
-    int run;
-    if (!PyArg_ParseTuple(arguments, "O!O!p", &PyTuple_Type, &tensors, &PyTuple_Type, &options, &run)) return nullptr;
-    Call call;
-    strobe_args args;
-    strobe_args_init(&args);
-    call.read_shared(tensors, options, args);
-    ForwardProblem problem;
-    check_forward(args, problem);
-    if (run) without_gil([&] { cpu::forward(problem.params, executor()); });
-    return shapes_tuple(problem.shapes);
+    if (!now.return_lse) return outputs.out.release();
+    const Ref done(PyObject_CallMethodObjArgs(ctx, materialize, Py_False, nullptr));
+    done.get();
+    return pair(outputs, Py_None);
   });
 }
 
-// probabilities(tensors, options, s_dmask): tensors with the forward pass's out and lse.
-PyObject* probabilities(PyObject*, PyObject* arguments) {
+// forward(flat) -> (out, lse)
+PyObject* forward(PyObject*, PyObject* tuple) {
   return guarded([&]() -> PyObject* {
-    PyObject *tensors, *options, *s_dmask;
-    if (!PyArg_ParseTuple(arguments, "O!O!O", &PyTuple_Type, &tensors, &PyTuple_Type, &options, &s_dmask))
-      return nullptr;
+    const auto flat = items_of<kSlots>(tuple, "forward");
     Call call;
-    strobe_args args;
-    strobe_args_init(&args);
-    call.read_shared(tensors, options, args);
-    const strobe_tensor& matrix = *call.read(s_dmask, args.function, "s_dmask");
-    ForwardProblem problem;
-    check_forward(args, problem);
-    without_gil([&] { cpu::probabilities(problem.params, matrix.data, matrix.shape[2], matrix.shape[3]); });
-    Py_RETURN_NONE;
+    read_all(flat.data(), "forward", call);
+    Outputs outputs = run_forward(call, true);
+    return pair(outputs, flat[kOut]);
   });
 }
 
-// backward(tensors, options, (dout, dlse, dq, dk, dv, ds_aux))
-PyObject* backward(PyObject*, PyObject* arguments) {
+// backward((*tensors, lse), options, dout, dlse) -> (dq, dk, dv, ds_aux)
+PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return guarded([&]() -> PyObject* {
-    PyObject *tensors, *options, *gradients;
-    if (!PyArg_ParseTuple(arguments, "O!O!O!", &PyTuple_Type, &tensors, &PyTuple_Type, &options, &PyTuple_Type,
-                          &gradients))
-      return nullptr;
+    expect_arguments("backward", count, 4);
+    const auto tensors = items_of<kTensors + 1>(arguments[0], "backward");
+    const auto options = items_of<kOptions>(arguments[1], "backward");
+    std::array<PyObject*, kSlots> flat;
+    for (int n = 0; n < kSlots; ++n) flat[n] = n < kTensors ? tensors[n] : options[n - kTensors];
     Call call;
-    strobe_backward_args args;
-    strobe_backward_args_init(&args);
-    call.read_shared(tensors, options, args.fwd);
-    const auto read = [&](int n, const char* name) {
-      return call.read(PyTuple_GetItem(gradients, n), args.fwd.function, name);
-    };
-    args.dout = read(0, "dout");
-    args.dlse = read(1, "dlse");
-    args.dq = read(2, "dq");
-    args.dk = read(3, "dk");
-    args.dv = read(4, "dv");
-    args.ds_aux = read(5, "ds_aux");
-    BackwardProblem problem;
-    check_backward(args, problem);
-    without_gil([&] { cpu::backward(problem.params, executor()); });
-    Py_RETURN_NONE;
+    read_all(flat.data(), "backward", call);
+    call.args.lse = call.read(tensors[kTensors], "lse");
+    Gradients gradients = run_backward(call, arguments[2], arguments[3]);
+    Ref result(PyTuple_New(4));
+    PyTuple_SetItem(result.get(), 0, gradients.dq.release());
+    PyTuple_SetItem(result.get(), 1, gradients.dk.release());
+    PyTuple_SetItem(result.get(), 2, gradients.dv.release());
+    PyTuple_SetItem(result.get(), 3, or_none(gradients.ds_aux));
+    return result.release();
   });
 }
 
-// kvcache(tensors, options, (k_new, v_new, rotary_cos, rotary_sin), rotary_interleaved, run) -> shapes, as forward
-PyObject* kvcache(PyObject*, PyObject* arguments) {
+constexpr int kCacheSlots = kSlots + 5;  // then k, v, rotary_cos, rotary_sin, rotary_interleaved
+
+// attend_with_cache(*flat, k, v, rotary_cos, rotary_sin, rotary_interleaved, return_lse) -> as attend
+PyObject* attend_with_cache(PyObject*, PyObject* const* flat, Py_ssize_t count) {
   return guarded([&]() -> PyObject* {
-    PyObject *tensors, *options, *extra;
-    int interleaved, run;
-    if (!PyArg_ParseTuple(arguments, "O!O!O!pp", &PyTuple_Type, &tensors, &PyTuple_Type, &options, &PyTuple_Type,
-                          &extra, &interleaved, &run))
-      return nullptr;
+    expect_arguments("attend_with_cache", count, kCacheSlots + 1);
     Call call;
-    strobe_kvcache_args args;
-    strobe_kvcache_args_init(&args);
-    call.read_shared(tensors, options, args.fwd);
-    const auto read = [&](int n, const char* name) {
-      return call.read(PyTuple_GetItem(extra, n), args.fwd.function, name);
-    };
-    args.k_new = read(0, "k_new");
-    args.v_new = read(1, "v_new");
-    args.rotary_cos = read(2, "rotary_cos");
-    args.rotary_sin = read(3, "rotary_sin");
-    args.rotary_interleaved = interleaved;
-    KVCacheProblem problem;
-    check_kvcache(args, problem);
-    if (run) without_gil([&] { cpu::kvcache(problem.params, executor()); });
-    return shapes_tuple(problem.shapes);
+    PyObject* const* extra = flat + kSlots;
+    if (!is_usual(flat, call) || !PyBool_Check(extra[4])) return Py_NewRef(Py_NotImplemented);
+    for (int n = 0; n < 4; ++n) {
+      if (extra[n] == Py_None) continue;
+      strobe_tensor t;
+      if (!is_plain_tensor(extra[n]) || !try_read_tensor(extra[n], t) || t.ndim < 1 || t.ndim > STROBE_MAX_NDIM ||
+          (t.stride[t.ndim - 1] != 1 && t.shape[t.ndim - 1] != 1) || is_negated(extra[n]))
+        return Py_NewRef(Py_NotImplemented);
+    }
+    if (wants_gradient(flat) || (is_grad_enabled() && (requires_grad(extra[0]) || requires_grad(extra[1]))))
+      return Py_NewRef(Py_NotImplemented);
+    const bool return_lse = flat[kCacheSlots] == Py_True;
+    Outputs outputs = run_kvcache(call, extra, extra[4] == Py_True, return_lse);
+    return return_lse ? pair(outputs, flat[kOut]) : new_or_given(outputs.out, flat[kOut]);
   });
 }
 
-// bind(torch.Tensor): takes its DLPack exchange API.
-PyObject* bind(PyObject*, PyObject* type) {
-  PyObject* capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
-  if (!capsule) return nullptr;
-  auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-  while (api && api->version.major != 1) api = api->previous;
-  Py_DecRef(capsule);
-  if (!api) {
-    PyErr_SetString(PyExc_ImportError,
-                    "strobe: this torch offers no DLPack 1 exchange API; strobe needs torch 2.10 or later");
-    return nullptr;
-  }
-  exchange = api;
-  Py_IncRef(type);
-  tensor_type = type;
-  Py_RETURN_NONE;
+// kvcache(flat, (k, v, rotary_cos, rotary_sin), rotary_interleaved) -> (out, lse)
+PyObject* kvcache(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return guarded([&]() -> PyObject* {
+    expect_arguments("kvcache", count, 3);
+    const auto flat = items_of<kSlots>(arguments[0], "kvcache");
+    const auto extra = items_of<4>(arguments[1], "kvcache");
+    Call call;
+    read_all(flat.data(), "kvcache", call);
+    Outputs outputs = run_kvcache(call, extra.data(), PyObject_IsTrue(arguments[2]) == 1, true);
+    return pair(outputs, flat[kOut]);
+  });
+}
+
+// probabilities((*tensors, lse), options, s_dmask)
+PyObject* probabilities(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return guarded([&]() -> PyObject* {
+    expect_arguments("probabilities", count, 3);
+    const auto tensors = items_of<kTensors + 1>(arguments[0], "probabilities");
+    const auto options = items_of<kOptions>(arguments[1], "probabilities");
+    std::array<PyObject*, kSlots> flat;
+    for (int n = 0; n < kSlots; ++n) flat[n] = n < kTensors ? tensors[n] : options[n - kTensors];
+    Call call;
+    read_all(flat.data(), "probabilities", call);
+    call.args.lse = call.read(tensors[kTensors], "lse");
+    run_probabilities(call, arguments[2]);
+    return Py_NewRef(Py_None);
+  });
+}
+
+PyObject* bind_apply(PyObject*, PyObject* apply) {
+  apply_recorded = Py_NewRef(apply);
+  to_save = PyUnicode_InternFromString("to_save");
+  ctx_options = PyUnicode_InternFromString("options");
+  materialize = PyUnicode_InternFromString("set_materialize_grads");
+  return Py_NewRef(Py_None);
 }
 
 PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(cpu::isa_name()); }
 
+template <class F>
+PyCFunction fast(F function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
 PyMethodDef methods[] = {
-    {"forward", forward, METH_VARARGS, nullptr},
-    {"backward", backward, METH_VARARGS, nullptr},
-    {"kvcache", kvcache, METH_VARARGS, nullptr},
-    {"probabilities", probabilities, METH_VARARGS, nullptr},
-    {"bind", bind, METH_O, nullptr},
+    {"attend", fast(attend), METH_FASTCALL, nullptr},
+    {"attend_with_cache", fast(attend_with_cache), METH_FASTCALL, nullptr},
+    {"record", fast(record), METH_FASTCALL, nullptr},
+    {"forward", forward, METH_O, nullptr},
+    {"backward", fast(backward), METH_FASTCALL, nullptr},
+    {"kvcache", fast(kvcache), METH_FASTCALL, nullptr},
+    {"probabilities", fast(probabilities), METH_FASTCALL, nullptr},
+    {"bind", bind, METH_VARARGS, nullptr},
+    {"bind_apply", bind_apply, METH_O, nullptr},
     {"cpu_isa", cpu_isa, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
