@@ -1,0 +1,1 @@
+"""Strobe beside other attention on the same machine: `make bench`."""
