@@ -1,41 +1,69 @@
 # `make test` and `make demo` set up everything that they need in .venv; a second run starts in seconds.
 VENV := .venv
 PY := $(VENV)/bin/python
-SOURCES := $(shell find include src python CMakeLists.txt pyproject.toml -type f ! -name '*.pyc')
+CMAKE := $(VENV)/bin/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
+	-DPython_EXECUTABLE=$(abspath $(VENV))/bin/python -DSTROBE_TESTS=ON
+SOURCES := $(shell find include src python scripts/embed_sources.py CMakeLists.txt pyproject.toml -type f ! -name '*.pyc')
+PROBLEMS ?= 1000000
 
-.PHONY: test demo cpp-test python-test check format clean
+.PHONY: test check-kernels demo bench cpp-test sanitize fuzz wheel-test check format clean
 
-test: check cpp-test python-test
+test: check cpp-test sanitize wheel-test
 
 $(VENV)/.ready: requirements-dev.txt scripts/setup.sh
 	bash scripts/setup.sh $(VENV)
 	touch $@
 
 check: $(VENV)/.ready
-	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp' '*.c')
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cuh' '*.cpp' '*.c')
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(PY) scripts/check_layers.py
 
 format: $(VENV)/.ready
-	$(VENV)/bin/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.c')
+	$(VENV)/bin/clang-format -i $$(git ls-files '*.h' '*.cuh' '*.cpp' '*.c')
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
 cpp-test: $(VENV)/.ready
-	$(VENV)/bin/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DSTROBE_TESTS=ON
+	$(CMAKE) -B build/cpp
 	$(VENV)/bin/cmake --build build/cpp
 	$(VENV)/bin/ctest --test-dir build/cpp --output-on-failure
 
-$(VENV)/.installed: $(VENV)/.ready $(SOURCES)
-	$(PY) -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
+build/sanitize/build.ninja: $(VENV)/.ready CMakeLists.txt
+	$(CMAKE) -B build/sanitize -DSTROBE_SANITIZE=ON
+
+# The same tests under the address and undefined-behaviour sanitizers.
+sanitize: build/sanitize/build.ninja
+	$(VENV)/bin/cmake --build build/sanitize
+	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
+
+# make fuzz PROBLEMS=1000000; one problem again: build/sanitize/fuzz --seed N
+fuzz: build/sanitize/build.ninja
+	$(VENV)/bin/cmake --build build/sanitize --target fuzz
+	build/sanitize/fuzz --problems $(PROBLEMS)
+
+# One wheel, built from the sdist alone, serves the tests, the demo and the benchmarks.
+dist/.built: $(VENV)/.ready scripts/build_wheel.py $(SOURCES)
+	$(PY) scripts/build_wheel.py dist
 	touch $@
 
-python-test: $(VENV)/.installed
-	$(PY) -m pytest -q -p no:cacheprovider tests/py
+wheel-test: dist/.built
+	bash scripts/test_wheel.sh $(PY)
+
+$(VENV)/.installed: dist/.built
+	$(PY) -m pip install --quiet --no-deps --force-reinstall dist/strobe-*.whl
+	touch $@
+
+# Every kernel of the shipped list for every architecture, without a GPU.
+check-kernels: $(VENV)/.installed
+	$(PY) scripts/check_kernels.py
 
 demo: $(VENV)/.installed
 	$(PY) demo/main.py
+
+bench: $(VENV)/.installed
+	$(PY) -m bench.main
 
 clean:
 	rm -rf build dist .venv .venv-*

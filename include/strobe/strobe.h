@@ -94,8 +94,13 @@ typedef struct strobe_args {
   int64_t keep_first;
   int32_t force_fa_decode;
   int32_t deterministic;
-  const char* backend; /* null or "auto": the planner picks; "cpu" */
+  const char* backend; /* null or "auto": the planner picks; "cpu"; "sm80" */
   const strobe_executor* executor;
+  /* Tensors on a GPU: f16 or bf16, all on one device, and there is no executor. The values of index tensors stay
+   * unread, and one that leads outside a tensor is clamped; max_seqlen_q and max_seqlen_k bound packed lengths. */
+  void* stream;           /* CUstream or cudaStream_t; null: the default stream */
+  void* workspace;        /* device memory from a multiple of 256 bytes on; free when the stream has got there */
+  size_t workspace_bytes; /* at least what strobe_*_workspace says */
 } strobe_args;
 
 /* Gradients. dout is given; dq, dk, dv, ds_aux are written whole (rows that nothing reaches get 0).
@@ -130,6 +135,29 @@ STROBE_API void strobe_kvcache_args_init(strobe_kvcache_args* args);
 STROBE_API int32_t strobe_forward(const strobe_args* args);
 STROBE_API int32_t strobe_backward(const strobe_backward_args* args);
 STROBE_API int32_t strobe_kvcache(const strobe_kvcache_args* args);
+
+/* Bytes of workspace that the call needs: 0 on the CPU. The same checks are made. */
+STROBE_API int32_t strobe_forward_workspace(const strobe_args* args, size_t* bytes);
+STROBE_API int32_t strobe_backward_workspace(const strobe_backward_args* args, size_t* bytes);
+STROBE_API int32_t strobe_kvcache_workspace(const strobe_kvcache_args* args, size_t* bytes);
+
+/* A compiled kernel, and what the compiler said of it. */
+typedef struct strobe_kernel {
+  const char* name; /* the kernel and its Config: "fwd_sm80{dtype=3, ...}" */
+  const char* file; /* in the folder; null without one */
+  int32_t arch;
+  int32_t cached; /* 1: the folder had it already; the fields below are 0 */
+  int32_t registers, stack_bytes, spill_bytes, smem_bytes;
+  double seconds;
+  const char* log;
+} strobe_kernel;
+typedef void (*strobe_kernel_visitor)(void* context, const strobe_kernel* kernel);
+
+/* Compiles what a call on a GPU of this architecture (80, 86, 89, 90, 120) would run, and needs no GPU. `call` is a
+ * line such as "pass=backward dtype=bf16 head_dim=192 head_dim_v=128 causal=1". With a folder, kernels are put there:
+ * STROBE_CACHE_DIR=<folder> then finds them. `visit` sees each kernel. */
+STROBE_API int32_t strobe_compile(const char* call, int32_t arch, const char* folder, strobe_kernel_visitor visit,
+                                  void* context);
 
 /* The text of this thread's last failure, "" if there was none. Valid until the thread's next call. */
 STROBE_API const char* strobe_last_error(void);

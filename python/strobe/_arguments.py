@@ -19,10 +19,16 @@ def last_contiguous(x):
 
 def autocast(*tensors):
     """Under torch.autocast, fp32 tensors in its dtype, as scaled_dot_product_attention takes them."""
-    if not torch.is_autocast_enabled("cpu"):
+    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in tensors)
+
+
+def sinks_of(s_aux):
+    """s_aux in the dtype that its device's engine reads, differentiable."""
+    return s_aux.float() if isinstance(s_aux, Tensor) and s_aux.is_cuda else s_aux
 
 
 def one_of(function: str, **given):
@@ -47,11 +53,11 @@ def real(function: str, name: str, value) -> float:
     raise TypeError(f"{function}: {name} is {value!r}, it takes a number")
 
 
-def lengths(function: str, name: str, value, batch: int):
-    """An int32 [batch] tensor from one, or from an int that holds for every sequence."""
+def lengths(function: str, name: str, value, batch: int, q):
+    """An int32 [batch] tensor beside q from one, or from an int that holds for every sequence."""
     if value is None or (isinstance(value, Tensor) and value.dim() > 0):
         return value
-    return torch.full((batch,), whole(function, name, value), dtype=torch.int32)
+    return torch.full((batch,), whole(function, name, value), dtype=torch.int32, device=getattr(q, "device", None))
 
 
 def options(

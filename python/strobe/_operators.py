@@ -129,7 +129,8 @@ for _name, _kernel, _fake in (
     ("bwd", _bwd, _bwd_fake),
     ("kvcache", _kvcache, _fwd_fake),
 ):
-    _library.impl(_name, _kernel, "CPU")
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, _kernel, _device)
     torch.library.register_fake(f"strobe::{_name}", _fake, lib=_library)
 torch.library.register_autograd("strobe::fwd", _differentiate, setup_context=_setup, lib=_library)
 torch.library.register_autograd("strobe::bwd", _refuse_second, setup_context=_setup_backward, lib=_library)

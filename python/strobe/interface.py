@@ -3,7 +3,7 @@
 from torch.compiler import is_dynamo_compiling
 
 from strobe import _C
-from strobe._arguments import autocast, last_contiguous, lengths, one_of, options
+from strobe._arguments import autocast, last_contiguous, lengths, one_of, options, sinks_of
 from strobe._attend import attend
 from strobe._extension import Side
 
@@ -31,11 +31,11 @@ def _dense(
     )  # fmt: skip
     q, k, v = map(last_contiguous, autocast(q, k, v))
     side = Side(
-        seqused_k=lengths(function, "seqused_k", seqused_k, _batch(q)),
-        full_from=lengths(function, "full_from", full_from, _batch(q)),
+        seqused_k=lengths(function, "seqused_k", seqused_k, _batch(q), q),
+        full_from=lengths(function, "full_from", full_from, _batch(q), q),
         alibi_slopes=alibi_slopes,
     )
-    return attend(q, k, v, s_aux, side, call, out, return_attn_probs)
+    return attend(q, k, v, sinks_of(s_aux), side, call, out, return_attn_probs)
 
 
 def flash_attn_func(

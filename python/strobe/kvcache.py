@@ -4,7 +4,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from strobe import _C
-from strobe._arguments import last_contiguous, lengths, one_of, options, whole
+from strobe._arguments import last_contiguous, lengths, one_of, options, sinks_of, whole
 from strobe._attend import attend_with_cache
 from strobe._extension import Side
 from strobe.interface import _batch
@@ -59,13 +59,13 @@ def flash_attn_with_kvcache(
         raise ValueError(f"{function}: an input requires a gradient; a cache has none, use torch.no_grad()")
     q, k, v = map(last_contiguous, (q, k, v))
     side = Side(
-        seqused_k=lengths(function, "cache_seqlens", cache_seqlens, _batch(q)),
+        seqused_k=lengths(function, "cache_seqlens", cache_seqlens, _batch(q), q),
         leftpad_k=cache_leftpad,
         page_table=page_table,
         cache_batch_idx=cache_batch_idx,
-        full_from=lengths(function, "full_from", full_from, _batch(q)),
+        full_from=lengths(function, "full_from", full_from, _batch(q), q),
         alibi_slopes=alibi_slopes,
     )
     extra = (k, v, rotary_cos, rotary_sin)
-    out, lse = attend_with_cache(q, k_cache, v_cache, s_aux, side, call, extra, bool(rotary_interleaved), out)
+    out, lse = attend_with_cache(q, k_cache, v_cache, sinks_of(s_aux), side, call, extra, bool(rotary_interleaved), out)
     return (out, lse) if return_softmax_lse else out

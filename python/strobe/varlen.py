@@ -3,7 +3,7 @@
 from torch.compiler import is_dynamo_compiling
 
 from strobe import _C
-from strobe._arguments import autocast, last_contiguous, lengths, one_of, options
+from strobe._arguments import autocast, last_contiguous, lengths, one_of, options, sinks_of
 from strobe._attend import attend
 from strobe._extension import Side
 from strobe.interface import _shape
@@ -31,9 +31,9 @@ def _packed(
     batch = max(0, cu_seqlens_q.shape[0] - 1) if getattr(cu_seqlens_q, "shape", ()) else 0
     side = Side(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, page_table, None,
-        lengths(function, "full_from", full_from, batch), alibi_slopes,
+        lengths(function, "full_from", full_from, batch, q), alibi_slopes,
     )  # fmt: skip
-    return attend(q, k, v, s_aux, side, call, out, return_attn_probs)
+    return attend(q, k, v, sinks_of(s_aux), side, call, out, return_attn_probs)
 
 
 def flash_attn_varlen_func(

@@ -16,6 +16,17 @@ using u64 = unsigned long long;
 using u16 = unsigned short;
 using u8 = unsigned char;
 
+// What <cmath> has, for compilers that have no headers: NVRTC declares the functions, the others their builtins.
+#if defined(__CUDACC_RTC__)
+STROBE_HD float exp_f32(float x) { return expf(x); }
+STROBE_HD float log_f32(float x) { return logf(x); }
+STROBE_HD float tanh_f32(float x) { return tanhf(x); }
+#else
+STROBE_HD float exp_f32(float x) { return __builtin_expf(x); }
+STROBE_HD float log_f32(float x) { return __builtin_logf(x); }
+STROBE_HD float tanh_f32(float x) { return __builtin_tanhf(x); }
+#endif
+
 // Larger than any length, small enough that sums of a few of them do not overflow.
 constexpr i64 kUnbounded = i64(1) << 60;
 

@@ -28,10 +28,12 @@ struct AttnParams {
   i64 head_dim = 0, head_dim_v = 0;
 
   // Sequences (seqlen.h resolves them).
-  i64 seqlen_q = 0;  // fixed: the length; packed: the largest length
-  i64 seqlen_k =
-      0;  // fixed: the length or the cache's capacity; packed: the largest length; paged: max_pages * page_size
+  i64 seqlen_q = 0;  // fixed: the length; packed: the largest length, or a bound of it
+  // Fixed: the length or the cache's capacity; packed: as seqlen_q; paged: max_pages * page_size.
+  i64 seqlen_k = 0;
   i64 total_q = 0;                       // rows of q in all (batch * seqlen_q where fixed)
+  i64 total_k = 0;                       // packed: rows of k in all
+  i64 cache_rows = 0;                    // with cache_batch_idx: batch entries of k
   const i32* cu_seqlens_q = nullptr;     // [batch + 1]
   const i32* cu_seqlens_k = nullptr;     // [batch + 1]
   const i32* seqused_q = nullptr;        // [batch]
@@ -68,7 +70,8 @@ struct BackwardParams {
   Rows dout;
   const float* dlse = nullptr;  // laid out as lse; may be null
   Rows dq, dk, dv;
-  float* ds_aux = nullptr;  // [num_heads]; null without s_aux
+  float* ds_aux = nullptr;     // [num_heads]; null without s_aux
+  bool deterministic = false;  // bitwise the same on every run
 };
 
 // Appends k_new and v_new at seqused_k, turning q and k_new by rotary position first; attention follows.

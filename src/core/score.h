@@ -12,7 +12,7 @@ struct Score {
 
   STROBE_HD float capped(float qk) const {
     const float s = scale * qk;
-    return softcap == 0.f ? s : softcap * __builtin_tanhf(s / softcap);
+    return softcap == 0.f ? s : softcap * tanh_f32(s / softcap);
   }
   STROBE_HD float bias(i64 i, i64 j, i64 off) const {
     const i64 distance = i + off - j;

@@ -18,18 +18,27 @@ struct SeqInfo {
   const i32* pages;  // this sequence's row of the page table, or null
   i64 page_size, max_pages, num_pages;
 
+  // Into [0, last].
+  STROBE_HD static i64 clamp(i64 value, i64 last) { return max<i64>(0, min<i64>(value, last)); }
+
   STROBE_HD static SeqInfo of(const AttnParams& p, i64 b) {
     SeqInfo s;
     s.batch = b;
     s.q_batch = p.cu_seqlens_q ? 0 : b;
-    s.q_begin = p.cu_seqlens_q ? p.cu_seqlens_q[b] : 0;
-    s.rows_q = p.cu_seqlens_q ? p.cu_seqlens_q[b + 1] - s.q_begin : p.seqlen_q;
-    s.seqlen_q = p.seqused_q ? max<i64>(0, min<i64>(p.seqused_q[b], s.rows_q)) : s.rows_q;
+    s.q_begin = p.cu_seqlens_q ? clamp(p.cu_seqlens_q[b], p.total_q) : 0;
+    s.rows_q = p.cu_seqlens_q ? clamp(p.cu_seqlens_q[b + 1] - s.q_begin, p.total_q - s.q_begin) : p.seqlen_q;
+    s.seqlen_q = p.seqused_q ? clamp(p.seqused_q[b], s.rows_q) : s.rows_q;
 
     s.leftpad = p.leftpad_k ? max<i64>(0, p.leftpad_k[b]) : 0;
-    s.k_batch = p.cu_seqlens_k ? 0 : p.cache_batch_idx ? p.cache_batch_idx[b] : b;
-    s.k_begin = p.cu_seqlens_k ? p.cu_seqlens_k[b] : 0;
-    s.rows_k = p.cu_seqlens_k ? p.cu_seqlens_k[b + 1] - s.k_begin : p.seqlen_k;
+    s.k_batch = p.cu_seqlens_k ? 0 : p.cache_batch_idx ? clamp(p.cache_batch_idx[b], p.cache_rows - 1) : b;
+    s.k_begin = 0;
+    s.rows_k = p.seqlen_k;
+    if (p.cu_seqlens_k && p.page_size) {  // the table says where, these only how many
+      s.rows_k = clamp(p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b], p.seqlen_k);
+    } else if (p.cu_seqlens_k) {
+      s.k_begin = clamp(p.cu_seqlens_k[b], p.total_k);
+      s.rows_k = clamp(p.cu_seqlens_k[b + 1] - s.k_begin, p.total_k - s.k_begin);
+    }
     const i64 used = p.seqused_k ? p.seqused_k[b] + p.seqlen_new : s.rows_k;
     s.seqlen_k = max<i64>(0, min(used, s.rows_k) - s.leftpad);
     s.k_begin += s.leftpad;

@@ -7,8 +7,8 @@
 
 namespace strobe {
 
-constexpr float kInfinity = __builtin_huge_valf();
-constexpr float kNegInfinity = -__builtin_huge_valf();
+constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
+constexpr float kNegInfinity = -kInfinity;
 
 // sum counts exp(score - max); max is -inf while nothing was seen. Scores are in natural-log units.
 struct RowState {
@@ -21,7 +21,7 @@ STROBE_HD float shift_of(float row_max) { return row_max == kNegInfinity ? 0.f :
 
 // The factor that brings sums and outputs taken against old_max to new_max (>= old_max).
 STROBE_HD float rescale(float old_max, float new_max) {
-  return old_max == kNegInfinity ? 0.f : __builtin_expf(old_max - new_max);
+  return old_max == kNegInfinity ? 0.f : exp_f32(old_max - new_max);
 }
 
 // Merges b into a; outputs are scaled by the two factors and added.
@@ -46,10 +46,10 @@ STROBE_HD RowResult finalize(const RowState& row, const float* sink) {
   // The sink joins the maximum too, so that one far above every score cannot overflow.
   const float m = sink ? max(row.max, *sink) : row.max;
   const float sum = sink ? row.sum * rescale(row.max, m) + rescale(*sink, m) : row.sum;
-  return {rescale(row.max, m) / sum, m + __builtin_logf(sum)};
+  return {rescale(row.max, m) / sum, m + log_f32(sum)};
 }
 
 // exp(score - lse) of the backward pass: 0 where the row saw nothing.
-STROBE_HD float probability(float score, float lse) { return lse == kInfinity ? 0.f : __builtin_expf(score - lse); }
+STROBE_HD float probability(float score, float lse) { return lse == kInfinity ? 0.f : exp_f32(score - lse); }
 
 }  // namespace strobe

@@ -168,7 +168,18 @@ class Backward {
       const SeqInfo seq = SeqInfo::of(p_, item / groups % p_.batch);
       if (n == 0) clear_unused_keys(seq, item % groups * group_);
       if (n * block_n_ >= seq.seqlen_k) return;
-      guarded([&] { key_block(seq, item % groups * group_, n, b_.dk, b_.dv); });
+      const auto write = [&](const KeyBlock& keys, i64 h, const Rows& to, const float* from, i64 ld, i64 d,
+                             float scale) {
+        for (i64 c = 0; c < keys.keys; ++c)
+          write_scaled(static_cast<T*>(to.data) + seq.k_index(to, keys.key0 + c, h), from + c * ld, d, scale);
+      };
+      const auto write_k = [&](const KeyBlock& keys, i64 h) {
+        write(keys, h, b_.dk, keys.dk, keys.ld_dk, p_.head_dim, p_.scale);
+      };
+      const auto write_v = [&](const KeyBlock& keys, i64 h) {
+        write(keys, h, b_.dv, keys.dv, keys.ld_dv, p_.head_dim_v, 1.f);
+      };
+      guarded([&] { key_block(seq, item % groups * group_, n, write_k, write_v); });
     });
   }
 
@@ -182,29 +193,79 @@ class Backward {
     }
   }
 
-  // Pages may belong to several sequences: their gradients are summed, in fp32, by one item per group of heads.
+  // A page may belong to several sequences. The pages in use have fp32 sums, which the items of a group of heads add to
+  // in their order.
   void run_paged() const {
+    const Buffer<i32> slots(p_.num_pages), table(p_.batch * p_.max_pages);  // 1 + index among the pages in use; index
+    const i64 used = list_pages(slots.data, table.data);
     const i64 dk_row = p_.num_heads_k * p_.head_dim, dv_row = p_.num_heads_v * p_.head_dim_v, size = p_.page_size;
-    const Buffer<float> dk(p_.num_pages * size * dk_row), dv(p_.num_pages * size * dv_row);
+    const Buffer<float> dk(used * size * dk_row), dv(used * size * dv_row);
     const Rows dk_sum = {dk.data, size * dk_row, dk_row, p_.head_dim};
     const Rows dv_sum = {dv.data, size * dv_row, dv_row, p_.head_dim_v};
-    parallel_items(executor_, p_.num_heads / group_, cost(), [&](i64 item) {
-      for (i64 b = 0; b < p_.batch; ++b) {
-        const SeqInfo seq = SeqInfo::of(p_, b);
-        for (i64 n = 0; n * block_n_ < seq.seqlen_k; ++n) key_block(seq, item * group_, n, dk_sum, dv_sum);
-      }
+    const Buffer<u32> turns(p_.num_heads_k + p_.num_heads_v);
+
+    struct Block {
+      i64 batch, n;
+    };
+    const i64 blocks = max<i64>(1, ceil_div(max_keys_, block_n_)), groups = p_.num_heads / group_;
+    const Buffer<Block> list(blocks * p_.batch);
+    i64 count = 0;
+    for (i64 n = 0; n < blocks; ++n)
+      for (i64 b = 0; b < p_.batch; ++b)
+        if (n * block_n_ < SeqInfo::of(p_, b).seqlen_k) list.data[count++] = {b, n};
+
+    parallel_items(executor_, count * groups, cost(), [&](i64 item) {
+      const Block& block = list.data[item / groups];
+      SeqInfo sums = SeqInfo::of(p_, block.batch);
+      sums.pages = table.data + block.batch * p_.max_pages;
+      sums.num_pages = used;
+      const Turnstile turnstile = {turns.data, turnstile_.failed};
+      const auto add = [&](i64 at, const KeyBlock& keys, i64 h, const Rows& to, const float* from, i64 ld, i64 d,
+                           float scale) {
+        turnstile.wait(at, item / groups);
+        for (i64 c = 0; c < keys.keys; ++c)
+          write_scaled<true>(static_cast<float*>(to.data) + sums.k_index(to, keys.key0 + c, h), from + c * ld, d,
+                             scale);
+        turnstile.pass(at, item / groups);
+      };
+      const auto add_k = [&](const KeyBlock& keys, i64 h) {
+        add(h, keys, h, dk_sum, keys.dk, keys.ld_dk, p_.head_dim, p_.scale);
+      };
+      const auto add_v = [&](const KeyBlock& keys, i64 h) {
+        add(p_.num_heads_k + h, keys, h, dv_sum, keys.dv, keys.ld_dv, p_.head_dim_v, 1.f);
+      };
+      guarded([&] { key_block(SeqInfo::of(p_, block.batch), item % groups * group_, block.n, add_k, add_v); });
     });
     parallel_items(executor_, p_.num_pages, double(p_.num_pages * size) * double(dk_row + dv_row), [&](i64 page) {
+      const i64 slot = slots.data[page] - 1;
       for (i64 r = 0; r < size; ++r) {
-        for (i64 h = 0; h < p_.num_heads_k; ++h) copy_row(dk_sum, b_.dk, page, r, h, p_.head_dim);
-        for (i64 h = 0; h < p_.num_heads_v; ++h) copy_row(dv_sum, b_.dv, page, r, h, p_.head_dim_v);
+        for (i64 h = 0; h < p_.num_heads_k; ++h) write_page_row(b_.dk, page, dk_sum, slot, r, h, p_.head_dim);
+        for (i64 h = 0; h < p_.num_heads_v; ++h) write_page_row(b_.dv, page, dv_sum, slot, r, h, p_.head_dim_v);
       }
     });
   }
 
-  static void copy_row(const Rows& from, const Rows& to, i64 page, i64 r, i64 h, i64 d) {
-    const auto at = [&](const Rows& x) { return page * x.batch_stride + r * x.row_stride + h * x.head_stride; };
-    write_scaled(static_cast<T*>(to.data) + at(to), static_cast<const float*>(from.data) + at(from), d, 1.f);
+  // Numbers the pages that hold keys of some sequence, and rewrites the page table in these numbers.
+  i64 list_pages(i32* slots, i32* table) const {
+    i32 used = 0;
+    for (i64 b = 0; b < p_.batch; ++b) {
+      const SeqInfo seq = SeqInfo::of(p_, b);
+      for (i64 c = seq.leftpad / p_.page_size; c * p_.page_size < seq.leftpad + seq.seqlen_k; ++c) {
+        i32& slot = slots[max<i64>(0, min<i64>(seq.pages[c], p_.num_pages - 1))];
+        if (slot == 0) slot = ++used;
+        table[b * p_.max_pages + c] = slot - 1;
+      }
+    }
+    return used;
+  }
+
+  static void write_page_row(const Rows& to, i64 page, const Rows& sum, i64 slot, i64 r, i64 h, i64 d) {
+    const auto at = [&](const Rows& x, i64 p) { return p * x.batch_stride + r * x.row_stride + h * x.head_stride; };
+    T* row = static_cast<T*>(to.data) + at(to, page);
+    if (slot < 0)
+      __builtin_memset(row, 0, size_t(d) * sizeof(T));
+    else
+      write_scaled(row, static_cast<const float*>(sum.data) + at(sum, slot), d, 1.f);
   }
 
   // Padding on the left, and keys beyond those used, of the heads that belong to query heads h0 .. h0 + group_ - 1.
@@ -219,12 +280,15 @@ class Backward {
                            size_t(p_.head_dim_v) * sizeof(T));
       }
     };
-    clear(-seq.leftpad, 0);
-    clear(seq.seqlen_k, seq.rows_k - seq.leftpad);
+    const i64 end = seq.rows_k - seq.leftpad;
+    clear(-seq.leftpad, min<i64>(0, end));
+    clear(seq.seqlen_k, end);
   }
 
-  // Keys n * block_n_ and following for query heads h0 .. h0 + group_ - 1.
-  void key_block(const SeqInfo& seq, i64 h0, i64 n, const Rows& dk, const Rows& dv) const {
+  // Keys n * block_n_ and following for query heads h0 .. h0 + group_ - 1. flush_k(block, h) takes what the block has
+  // of dk of key head h, flush_v that of dv.
+  template <class K, class V>
+  void key_block(const SeqInfo& seq, i64 h0, i64 n, const K& flush_k, const V& flush_v) const {
     const i64 per_k = p_.num_heads / p_.num_heads_k, per_v = p_.num_heads / p_.num_heads_v;
     Scratch scratch;
     KeyBlock block = take_block(scratch, n * block_n_, min(block_n_, seq.seqlen_k - n * block_n_));
@@ -242,8 +306,8 @@ class Backward {
         for (i64 m = run.end - 1; m >= run.begin; --m)
           tile(head, block, n, m, m < run.full_begin || m >= run.full_end, queries, scores, dq);
       }
-      if (h % per_k == per_k - 1) flush(head.seq, block, head.hk, dk, block.dk, block.ld_dk, p_.head_dim, p_.scale);
-      if (h % per_v == per_v - 1) flush(head.seq, block, head.hv, dv, block.dv, block.ld_dv, p_.head_dim_v, 1.f);
+      if (h % per_k == per_k - 1) flush_k(block, head.hk);
+      if (h % per_v == per_v - 1) flush_v(block, head.hv);
     }
   }
 
@@ -333,17 +397,6 @@ class Backward {
     if (keys > 0 || turn == 0) add_dq(dq, turn > 0);
     if (turn == turns - 1) write_dq(dq);
     turnstile_.pass(index, turn);
-  }
-
-  void flush(const SeqInfo& seq, const KeyBlock& block, i64 h, const Rows& to, const float* from, i64 ld, i64 d,
-             float scale) const {
-    for (i64 c = 0; c < block.keys; ++c) {
-      const i64 at = seq.k_index(to, block.key0 + c, h);
-      if (p_.page_size)
-        write_scaled<true>(static_cast<float*>(to.data) + at, from + c * ld, d, scale);
-      else
-        write_scaled(static_cast<T*>(to.data) + at, from + c * ld, d, scale);
-    }
   }
 
   const BackwardParams& b_;

@@ -63,7 +63,7 @@ QueryTile<E> take_query_tile(Scratch& scratch, i64 d, i64 dv) {
 template <class E, class T>
 void pack_queries(const BackwardParams& b, const Head& head, i64 row0, i64 rows, const float* delta, QueryTile<E>& t) {
   const AttnParams& p = b.fwd;
-  const T* pointer[kQueryTile];
+  const T* pointer[kQueryTile] = {};
   const T* data = static_cast<const T*>(p.q.data);
   for (i64 r = 0; r < rows; ++r) pointer[r] = data + head.seq.q_index(p.q, row0 + r, head.h);
   pack_transposed(t.q_t, kQueryTile, pointer, rows, p.head_dim);
@@ -109,36 +109,44 @@ struct Gradient {
   vf p, ds;
 };
 
-// What kPlain leaves out: softcap, ALiBi, dropout and masks.
+// The columns of a tile that see a key: [begin, end) and [full_begin, full_end).
+struct SeenColumns {
+  i32 begin, end, full_begin, full_end;
+};
+inline SeenColumns seen_columns(const Mask& mask, i64 j, i64 row0) {
+  const Queries q = mask.queries(j);
+  const auto column = [&](i64 i) { return i32(max<i64>(0, min<i64>(i - row0, kQueryTile))); };
+  return {column(q.begin), column(q.end), column(q.full_begin), column(q.full_end)};
+}
+
+// Of key j and queries i .. i + kLanes - 1, which are columns x and following of the tile. What kPlain leaves out:
+// softcap, ALiBi, dropout and masks.
 template <bool kPlain>
-STROBE_INLINE Gradient gradient_of(const Head& head, vf s, vf dp, vf shift, vf delta, const float* kept, bool masked,
-                                   const Queries& queries, i64 i, i64 j) {
+STROBE_INLINE Gradient gradient_of(const Head& head, vf s, vf dp, vf shift, vf delta, const float* kept,
+                                   const SeenColumns* seen, i64 i, i64 j, i64 x) {
   if constexpr (kPlain) {
     const vf p = exp2(fma(s, broadcast(head.log2_scale), shift));
     return {p, p * (dp - delta)};
   } else {
     vi lane;
     for (int n = 0; n < kLanes; ++n) lane[n] = n;
-    vf x = s * head.score.scale, slope = broadcast(1.f);
+    vf score = s * head.score.scale, slope = broadcast(1.f);
     if (head.score.softcap != 0.f) {
-      const vf t = tanh(x / head.score.softcap);
-      x = head.score.softcap * t;
+      const vf t = tanh(score / head.score.softcap);
+      score = head.score.softcap * t;
       slope = 1.f - t * t;
     }
     if (head.score.alibi_slope != 0.f) {
       const vf distance = __builtin_convertvector(lane + i32(i + head.mask.off() - j), vf);
-      x -= head.score.alibi_slope * (distance < 0.f ? -distance : distance);
+      score -= head.score.alibi_slope * (distance < 0.f ? -distance : distance);
     }
-    vf p = exp2(fma(x, broadcast(kLog2e), shift));
-    if (masked) {
-      const auto inside = [&](i64 begin, i64 end) {
-        const i32 first = i32(max<i64>(-1, min<i64>(begin - i, kLanes)));
-        const i32 last = i32(max<i64>(-1, min<i64>(end - i, kLanes)));
-        return (lane >= first) & (lane < last);
-      };
-      const vi seen = inside(queries.begin, queries.end) | inside(queries.full_begin, queries.full_end);
-      p = select(seen, p, zero());
-      dp = select(seen, dp, delta);  // what lies behind the mask may be infinite
+    vf p = exp2(fma(score, broadcast(kLog2e), shift));
+    if (seen) {
+      const vi column = lane + i32(x);
+      const vi visible =
+          ((column >= seen->begin) & (column < seen->end)) | ((column >= seen->full_begin) & (column < seen->full_end));
+      p = select(visible, p, zero());
+      dp = select(visible, dp, delta);  // what lies behind the mask may be infinite
     }
     if (!kept) return {p, p * (dp - delta) * slope};
     const vf keep = load(kept);
@@ -146,34 +154,46 @@ STROBE_INLINE Gradient gradient_of(const Head& head, vf s, vf dp, vf shift, vf d
   }
 }
 
+#if defined(STROBE_HAS_BF16)
+// Two rows as an A operand, and, where `pairs` is given, as a B operand.
+STROBE_INLINE void store_pair(bf16* rows, i64 ld, bf16* pairs, vf even, vf odd) {
+  const __m512i both = __m512i(_mm512_cvtne2ps_pbh(odd, even));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows), _mm512_castsi512_si256(both));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + ld), _mm512_extracti64x4_epi64(both, 1));
+  if (!pairs) return;
+  const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(pairs, _mm512_permutexvar_epi16(interleaved, both));
+}
+#endif
+
 // P^T and dS^T of keys [first, last) of the block that starts at key0; `first` is even. Odd counts of keys are padded
 // with a row of zeros where E is bf16.
 template <bool kPlain, class E>
 void gradient_tile(const Head& head, const QueryTile<E>& q, i64 key0, i64 first, i64 last, bool masked,
                    const TileScores<E>& t) {
+  SeenColumns seen[kPair<E>];
   for (i64 c = first; c < last; c += kPair<E>) {
-    Queries queries[2] = {};
     if (!kPlain && masked)
-      for (i64 n = 0; n < kPair<E> && c + n < last; ++n) queries[n] = head.mask.queries(key0 + c + n);
+      for (i64 n = 0; n < kPair<E>; ++n) seen[n] = seen_columns(head.mask, key0 + c + n, q.row0);
     const i64 at = c * kQueryTile;
     for (i64 x = 0; x < q.cols; x += kLanes) {
       const vf shift = load(q.shift + x), delta = load(q.delta + x);
-      const auto gradient = [&](i64 n) {
+      const auto gradient = [&](i64 n) __attribute__((always_inline)) {
         const i64 e = at + n * kQueryTile + x;
         return gradient_of<kPlain>(head, load(t.s + e), load(t.dp + e), shift, delta, t.kept ? t.kept + e : nullptr,
-                                   masked, queries[n], q.row0 + x, key0 + c + n);
+                                   masked ? seen + n : nullptr, q.row0 + x, key0 + c + n, x);
       };
       const Gradient even = gradient(0);
-      store(t.p + at + x, even.p);
-      store(t.ds + at + x, even.ds);
-      if constexpr (kPair<E> == 2) {
+      if constexpr (kPair<E> == 1) {
+        store(t.p + at + x, even.p);
+        store(t.ds + at + x, even.ds);
+      } else {
+#if defined(STROBE_HAS_BF16)
         const Gradient odd = c + 1 < last ? gradient(1) : Gradient{zero(), zero()};
-        store(t.p + at + kQueryTile + x, odd.p);
-        store(t.ds + at + kQueryTile + x, odd.ds);
-        const vh low = *reinterpret_cast<const vh_unaligned*>(t.ds + at + x);
-        const vh high = *reinterpret_cast<const vh_unaligned*>(t.ds + at + kQueryTile + x);
-        const vu pair = __builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16;
-        store(reinterpret_cast<float*>(t.ds_b + at + 2 * x), vf(pair));
+        store_pair(t.p + at + x, kQueryTile, nullptr, even.p, odd.p);
+        store_pair(t.ds + at + x, kQueryTile, t.ds_b + at + 2 * x, even.ds, odd.ds);
+#endif
       }
     }
   }

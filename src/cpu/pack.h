@@ -44,15 +44,8 @@ STROBE_INLINE void transpose(vf (&x)[kLanes]) {
     vf y[kLanes];
 #pragma GCC unroll 8
     for (int r = 0; r < kLanes / 2; ++r) {
-#if defined(__clang__)
-      for (int n = 0; n < kLanes; ++n) {
-        y[2 * r][n] = n % 2 ? x[r + kLanes / 2][n / 2] : x[r][n / 2];
-        y[2 * r + 1][n] = n % 2 ? x[r + kLanes / 2][kLanes / 2 + n / 2] : x[r][kLanes / 2 + n / 2];
-      }
-#else
-      y[2 * r] = __builtin_shuffle(x[r], x[r + kLanes / 2], low);
-      y[2 * r + 1] = __builtin_shuffle(x[r], x[r + kLanes / 2], high);
-#endif
+      y[2 * r] = shuffle(x[r], x[r + kLanes / 2], low);
+      y[2 * r + 1] = shuffle(x[r], x[r + kLanes / 2], high);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kLanes; ++r) x[r] = y[r];

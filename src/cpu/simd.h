@@ -4,7 +4,14 @@
 #pragma once
 
 #if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12 warns of its own intrinsics (GCC bug 105593)
+#endif
 #include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
@@ -31,7 +38,8 @@ typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef i32 vi __attribute__((vector_size(kLanes * 4)));
 typedef u32 vu __attribute__((vector_size(kLanes * 4)));
 typedef u16 vh __attribute__((vector_size(kLanes * 2)));
-typedef float vf_unaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+// bf16 pairs are loaded as floats, too: hence 2.
+typedef float vf_unaligned __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 typedef u16 vh_unaligned __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
 using strobe::max;
@@ -53,6 +61,17 @@ STROBE_INLINE vf zero() { return vf{}; }
 STROBE_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 STROBE_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 STROBE_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+
+// Lane n is lane index[n] of a and b put together; index is a constant.
+STROBE_INLINE vf shuffle(vf a, vf b, vi index) {
+#if defined(__clang__)
+  vf x;
+  for (int n = 0; n < kLanes; ++n) x[n] = index[n] < kLanes ? a[index[n]] : b[index[n] - kLanes];
+  return x;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
 
 STROBE_INLINE vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
@@ -115,8 +134,14 @@ STROBE_INLINE void narrow(f16& to, float x) {
 
 // A vector of them.
 STROBE_INLINE vf load(const bf16* p) {
+#if defined(__AVX512F__)
+  return vf(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+#elif defined(__AVX2__)
+  return vf(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+#else
   const vh half = *reinterpret_cast<const vh_unaligned*>(p);
   return vf(__builtin_convertvector(half, vu) << 16);
+#endif
 }
 STROBE_INLINE vf load(const f16* p) {
 #if defined(__AVX512F__)

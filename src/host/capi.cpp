@@ -4,7 +4,9 @@
 #include <string>
 
 #include "cpu/cpu.h"
+#include "host/cuda_engine.h"
 #include "host/executor.h"
+#include "host/precompile.h"
 #include "host/problem.h"
 #include "strobe/strobe.h"
 
@@ -54,6 +56,30 @@ const strobe_executor& executor_of(const strobe_args& args) {
   return args.executor ? *args.executor : strobe::default_executor();
 }
 
+bool on_gpu(const strobe_args& args) { return args.q->device == STROBE_CUDA; }
+
+template <class Params>
+void run_on_gpu(const Params& params, const strobe_args& args, const char* function) {
+  strobe::cuda::named(args.function ? args.function : function, [&] {
+    const strobe::host::Device& gpu = strobe::host::device(args.q->device_index);
+    const strobe::host::Plan plan = strobe::cuda::plan(params, gpu);
+    if (plan.workspace_bytes > static_cast<strobe::i64>(args.workspace_bytes)) {
+      throw strobe::Error(STROBE_INVALID_VALUE, "workspace_bytes is " + std::to_string(args.workspace_bytes) +
+                                                    ", allowed is at least " + std::to_string(plan.workspace_bytes));
+    }
+    strobe::cuda::run(params, plan, gpu, args.workspace, args.stream);
+  });
+}
+
+template <class Params>
+size_t workspace_of(const Params& params, const strobe_args& args, const char* function) {
+  if (!on_gpu(args)) return 0;
+  return strobe::cuda::named(args.function ? args.function : function, [&] {
+    const strobe::host::Device& gpu = strobe::host::device(args.q->device_index);
+    return static_cast<size_t>(strobe::cuda::plan(params, gpu).workspace_bytes);
+  });
+}
+
 }  // namespace
 
 void strobe_args_init(strobe_args* args) {
@@ -82,6 +108,7 @@ int32_t strobe_forward(const strobe_args* args) {
     strobe::ForwardProblem problem;
     strobe::check_forward(*args, problem);
     require_out(*args, "strobe_forward");
+    if (on_gpu(*args)) return run_on_gpu(problem.params, *args, "strobe_forward");
     strobe::cpu::forward(problem.params, executor_of(*args));
   });
 }
@@ -91,6 +118,7 @@ int32_t strobe_backward(const strobe_backward_args* args) {
     require(args, "strobe_backward");
     strobe::BackwardProblem problem;
     strobe::check_backward(*args, problem);
+    if (on_gpu(args->fwd)) return run_on_gpu(problem.params, args->fwd, "strobe_backward");
     strobe::cpu::backward(problem.params, executor_of(args->fwd));
   });
 }
@@ -101,7 +129,42 @@ int32_t strobe_kvcache(const strobe_kvcache_args* args) {
     strobe::KVCacheProblem problem;
     strobe::check_kvcache(*args, problem);
     require_out(args->fwd, "strobe_kvcache");
+    if (on_gpu(args->fwd)) return run_on_gpu(problem.params, args->fwd, "strobe_kvcache");
     strobe::cpu::kvcache(problem.params, executor_of(args->fwd));
+  });
+}
+
+int32_t strobe_forward_workspace(const strobe_args* args, size_t* bytes) {
+  return guarded("strobe_forward_workspace", [&] {
+    require(args, "strobe_forward_workspace");
+    strobe::ForwardProblem problem;
+    strobe::check_forward(*args, problem);
+    *bytes = workspace_of(problem.params, *args, "strobe_forward_workspace");
+  });
+}
+
+int32_t strobe_backward_workspace(const strobe_backward_args* args, size_t* bytes) {
+  return guarded("strobe_backward_workspace", [&] {
+    require(args, "strobe_backward_workspace");
+    strobe::BackwardProblem problem;
+    strobe::check_backward(*args, problem);
+    *bytes = workspace_of(problem.params, args->fwd, "strobe_backward_workspace");
+  });
+}
+
+int32_t strobe_kvcache_workspace(const strobe_kvcache_args* args, size_t* bytes) {
+  return guarded("strobe_kvcache_workspace", [&] {
+    require(args, "strobe_kvcache_workspace");
+    strobe::KVCacheProblem problem;
+    strobe::check_kvcache(*args, problem);
+    *bytes = workspace_of(problem.params, args->fwd, "strobe_kvcache_workspace");
+  });
+}
+
+int32_t strobe_compile(const char* call, int32_t arch, const char* folder, strobe_kernel_visitor visit, void* context) {
+  return guarded("strobe_compile", [&] {
+    if (!call) throw strobe::Error(STROBE_INVALID_VALUE, "strobe_compile: call is null, allowed is a line of text");
+    strobe::host::precompile(call, arch, folder ? folder : "", visit, context);
   });
 }
 

@@ -15,6 +15,9 @@ struct Arguments {
   bool packed_q, packed_k, paged;
 
   Arguments(const strobe_args& args, const char* default_function, bool kvcache);
+
+  // All tensors are where q is. On a GPU the values of index tensors stay unread: kernels clamp them.
+  bool on_gpu() const { return q->device == STROBE_CUDA; }
 };
 
 // Presence, ranks, dtypes, devices, shapes and strides of q, k and v (check_inputs.cpp).

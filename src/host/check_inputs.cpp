@@ -38,6 +38,17 @@ void check_ranks(const Arguments& a) {
   check_rank(a.call, a.v, a.packed_k ? 3 : 4, dims);
 }
 
+// Kernels read 16 bytes at a time.
+void check_gpu_head_dim(const Call& call, Named tensor) {
+  const long long dim = tensor->shape[tensor->ndim - 1];
+  if (dim % 8 == 0) return;
+  if (dim < 8)
+    call.refuse_unsupported({tensor}, "head_dim of %s is %lld, allowed on a GPU is 8 and more", tensor.name, dim);
+  call.refuse_unsupported({tensor},
+                          "head_dim of %s is %lld, allowed on a GPU is a multiple of 8: the nearest are %lld and %lld",
+                          tensor.name, dim, dim / 8 * 8, dim / 8 * 8 + 8);
+}
+
 void check_heads(const Arguments& a, const AttnParams& p) {
   const Call& call = a.call;
   for (Named t : {a.q, a.k, a.v}) {
@@ -46,6 +57,9 @@ void check_heads(const Arguments& a, const AttnParams& p) {
       call.refuse_value({t}, "%s has 0 heads, allowed is at least 1", t.name);
     if (last[-1] == 0) [[unlikely]]
       call.refuse_value({t}, "head_dim of %s is 0, allowed is at least 1", t.name);
+  }
+  if (a.on_gpu()) {
+    for (Named t : {a.q, a.v}) check_gpu_head_dim(call, t);
   }
   const int64_t head_dim_k = a.k->shape[a.k->ndim - 1];
   if (head_dim_k != p.head_dim) [[unlikely]] {
@@ -78,6 +92,10 @@ void check_leading_sizes(const Arguments& a) {
   if (a.paged) {
     if (a.k->shape[1] == 0) [[unlikely]]
       call.refuse_value({a.k}, "page_size of %s is 0, allowed is at least 1", a.k.name);
+    if (a.on_gpu() && a.k->shape[1] % 8 != 0) [[unlikely]] {
+      call.refuse_unsupported({a.k}, "page_size of %s is %lld, allowed on a GPU is a multiple of 8", a.k.name,
+                              static_cast<long long>(a.k->shape[1]));
+    }
   } else if (!a.cache_batch_idx && a.k->shape[0] != a.q->shape[0]) [[unlikely]] {
     call.refuse_value({a.q, a.k}, "batch of %s is %lld but of q is %lld, allowed is equal", a.k.name,
                       static_cast<long long>(a.k->shape[0]), static_cast<long long>(a.q->shape[0]));
@@ -122,6 +140,9 @@ void check_inputs(const Arguments& a, AttnParams& p) {
   if (!is_float(a.q->dtype)) [[unlikely]] {
     call.refuse_type({a.q, a.k, a.v}, "q is %s, allowed is f32, f16 or bf16", dtype_name(a.q->dtype));
   }
+  if (a.on_gpu() && a.q->dtype == STROBE_FLOAT32) [[unlikely]] {
+    call.refuse_unsupported({a.q, a.k, a.v}, "q is f32, allowed on a GPU is f16 or bf16");
+  }
   check_dtype(call, a.k, a.q->dtype, " as q is");
   check_dtype(call, a.v, a.q->dtype, " as q is");
   check_layout(a);
@@ -141,6 +162,7 @@ void check_inputs(const Arguments& a, AttnParams& p) {
   p.head_dim_v = v[2];
   check_heads(a, p);
   check_leading_sizes(a);
+  for (Named tensor : {a.q, a.k, a.v}) check_vectors(call, tensor);
   p.q = rows_of(*a.q.tensor);
   p.k = rows_of(*a.k.tensor);
   p.v = rows_of(*a.v.tensor);
@@ -148,6 +170,8 @@ void check_inputs(const Arguments& a, AttnParams& p) {
   p.batch = a.packed_q ? 0 : a.q->shape[0];
   p.seqlen_q = a.packed_q ? 0 : a.q->shape[1];
   p.total_q = a.packed_q ? a.q->shape[0] : a.q->shape[0] * a.q->shape[1];
+  p.total_k = a.packed_k ? a.k->shape[0] : 0;
+  p.cache_rows = a.packed_k || a.paged ? 0 : a.k->shape[0];
   p.seqlen_k = a.packed_k || a.paged ? 0 : a.k->shape[1];
 }
 

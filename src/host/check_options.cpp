@@ -87,6 +87,9 @@ void check_s_aux(const Arguments& a, AttnParams& p, std::string& storage) {
     p.s_aux = static_cast<const float*>(sinks->data);
     return;
   }
+  if (a.on_gpu()) [[unlikely]] {
+    a.call.refuse_unsupported({sinks}, "s_aux is %s, allowed on a GPU is f32", dtype_name(sinks->dtype));
+  }
   // No string's inline buffer is known to be aligned for floats: make it one on the heap.
   storage.reserve(64);
   storage.resize(static_cast<size_t>(p.num_heads) * sizeof(float));
@@ -106,8 +109,10 @@ void check_options(const Arguments& a, AttnParams& params, std::string& s_aux_st
   check_alibi(a, params);
   check_s_aux(a, params, s_aux_storage);
   const char* backend = a.args.backend;
-  if (backend && std::strcmp(backend, "auto") != 0 && std::strcmp(backend, "cpu") != 0) [[unlikely]] {
-    a.call.refuse_value({}, "backend is '%.80s', allowed is 'auto' or 'cpu'", backend);
+  const char* engine = a.on_gpu() ? "sm80" : "cpu";
+  if (backend && std::strcmp(backend, "auto") != 0 && std::strcmp(backend, engine) != 0) [[unlikely]] {
+    a.call.refuse_value({}, "backend is '%.80s', allowed %sis 'auto' or '%s'", backend,
+                        a.on_gpu() ? "for tensors on a GPU " : "", engine);
   }
 }
 

@@ -8,9 +8,10 @@ namespace {
 
 const i32* values_of(Named tensor) { return tensor ? static_cast<const i32*>(tensor->data) : nullptr; }
 
-// Bounds of packed sequences: [0, ..not decreasing.., total]. Returns the largest length.
+// Bounds of packed sequences: [0, ..not decreasing.., total]. Returns the largest length, or a bound of it.
 i64 check_cu_seqlens(const Arguments& a, Named cu, Named total_of, i64 total) {
   const Call& call = a.call;
+  if (a.on_gpu()) return total;
   const i32* at = values_of(cu);
   const i64 batch = cu->shape[0] - 1;
   if (at[0] != 0) [[unlikely]]
@@ -46,10 +47,15 @@ void check_max_seqlen(const Arguments& a, const char* name, int64_t given, i64 l
     a.call.refuse_value({}, "%s is %lld, allowed is at least 0, or -1 for not given", name,
                         static_cast<long long>(given));
   }
-  if (given >= 0 && given < longest) [[unlikely]] {
+  if (given >= 0 && given < longest && !a.on_gpu()) [[unlikely]] {
     a.call.refuse_value({}, "%s is %lld, allowed is at least the longest sequence's %lld", name,
                         static_cast<long long>(given), longest);
   }
+}
+
+// Where lengths are on a GPU, the caller's bound is all that is known of them.
+i64 bounded(const Arguments& a, i64 longest, int64_t given) {
+  return a.on_gpu() && given >= 0 ? std::min<i64>(longest, given) : longest;
 }
 
 // Rows that the tensor holds for sequence b.
@@ -57,6 +63,7 @@ i64 capacity(const i32* cu, i64 b, i64 fixed) { return cu ? cu[b + 1] - cu[b] : 
 
 void check_used(const Arguments& a, Named used, const i32* cu, i64 batch, i64 fixed) {
   check_index(a.call, used, a.q, {batch}, "[batch]");
+  if (a.on_gpu()) return;
   const i32* at = values_of(used);
   for (i64 b = 0; b < batch; ++b) {
     const i64 most = capacity(cu, b, fixed);
@@ -68,6 +75,7 @@ void check_used(const Arguments& a, Named used, const i32* cu, i64 batch, i64 fi
 
 void check_leftpad(const Arguments& a, const AttnParams& p) {
   check_index(a.call, a.leftpad_k, a.q, {p.batch}, "[batch]");
+  if (a.on_gpu()) return;
   for (i64 b = 0; b < p.batch; ++b) {
     const i64 most = p.seqused_k ? p.seqused_k[b] : capacity(p.cu_seqlens_k, b, p.seqlen_k);
     if (p.leftpad_k[b] < 0 || p.leftpad_k[b] > most) [[unlikely]] {
@@ -123,6 +131,7 @@ void check_cache_rows(const Arguments& a, AttnParams& p) {
   check_index(a.call, a.cache_batch_idx, a.q, {p.batch}, "[batch]");
   const i64 rows = a.k->shape[0];
   p.cache_batch_idx = values_of(a.cache_batch_idx);
+  if (a.on_gpu()) return;
   for (i64 b = 0; b < p.batch; ++b) {
     if (p.cache_batch_idx[b] < 0 || p.cache_batch_idx[b] >= rows) [[unlikely]] {
       a.call.refuse_value({a.cache_batch_idx, a.k}, "cache_batch_idx[%lld] is %d, allowed is 0 to %lld", b,
@@ -155,7 +164,7 @@ void check_sequences(const Arguments& a, AttnParams& p) {
     check_cu_shape(a, a.cu_seqlens_q);
     p.batch = a.cu_seqlens_q->shape[0] - 1;
     p.cu_seqlens_q = values_of(a.cu_seqlens_q);
-    p.seqlen_q = check_cu_seqlens(a, a.cu_seqlens_q, a.q, a.q->shape[0]);
+    p.seqlen_q = bounded(a, check_cu_seqlens(a, a.cu_seqlens_q, a.q, a.q->shape[0]), a.args.max_seqlen_q);
   }
   check_max_seqlen(a, "max_seqlen_q", a.args.max_seqlen_q, p.seqlen_q);
   if (a.paged) check_page_table(a, p);
@@ -171,7 +180,7 @@ void check_sequences(const Arguments& a, AttnParams& p) {
     p.cu_seqlens_k = values_of(a.cu_seqlens_k);
     const Named packed = a.packed_k ? a.k : Named{};
     longest_k = check_cu_seqlens(a, a.cu_seqlens_k, packed, a.k->shape[0]);
-    if (a.packed_k) p.seqlen_k = longest_k;
+    if (a.packed_k) p.seqlen_k = bounded(a, longest_k, a.args.max_seqlen_k);
   }
   if (a.seqused_q) {
     check_used(a, a.seqused_q, p.cu_seqlens_q, p.batch, p.seqlen_q);
@@ -180,10 +189,10 @@ void check_sequences(const Arguments& a, AttnParams& p) {
   if (a.seqused_k) {
     check_used(a, a.seqused_k, p.cu_seqlens_k, p.batch, p.seqlen_k);
     p.seqused_k = values_of(a.seqused_k);
-    for (i64 b = 0; b < p.batch && a.paged; ++b) longest_k = std::max<i64>(longest_k, p.seqused_k[b]);
+    for (i64 b = 0; b < p.batch && a.paged && !a.on_gpu(); ++b) longest_k = std::max<i64>(longest_k, p.seqused_k[b]);
   }
   check_max_seqlen(a, "max_seqlen_k", a.args.max_seqlen_k, longest_k);
-  for (i64 b = 0; p.seqlen_new && b < p.batch; ++b) {
+  for (i64 b = 0; p.seqlen_new && b < p.batch && !a.on_gpu(); ++b) {
     if (p.seqused_k[b] + p.seqlen_new > p.seqlen_k) [[unlikely]] {
       a.call.refuse_value({a.seqused_k, a.k}, "%s[%lld] is %d and %lld keys are appended, allowed is up to %lld in all",
                           a.seqused_k.name, b, p.seqused_k[b], p.seqlen_new, p.seqlen_k);
@@ -193,12 +202,12 @@ void check_sequences(const Arguments& a, AttnParams& p) {
     p.leftpad_k = values_of(a.leftpad_k);
     check_leftpad(a, p);
   }
-  if (a.paged) check_pages(a, p);
+  if (a.paged && !a.on_gpu()) check_pages(a, p);
   if (a.cache_batch_idx) check_cache_rows(a, p);
   if (a.full_from) {
     check_index(a.call, a.full_from, a.q, {p.batch}, "[batch]");
     p.full_from = values_of(a.full_from);
-    for (i64 b = 0; b < p.batch; ++b) {
+    for (i64 b = 0; b < p.batch && !a.on_gpu(); ++b) {
       if (p.full_from[b] < 0) [[unlikely]] {
         a.call.refuse_value({a.full_from}, "full_from[%lld] is %d, allowed is at least 0", b, p.full_from[b]);
       }
@@ -207,7 +216,7 @@ void check_sequences(const Arguments& a, AttnParams& p) {
 }
 
 void check_append(const Arguments& a, const AttnParams& p) {
-  if (!p.seqlen_new) return;
+  if (!p.seqlen_new || a.on_gpu()) return;
   if (a.cache_batch_idx) {
     const i64 repeated = find_repeated(p.cache_batch_idx, p.batch);
     if (repeated >= 0) [[unlikely]] {

@@ -97,6 +97,14 @@ void Call::refuse_type(std::initializer_list<Named> shown, const char* format, .
   throw Error(STROBE_INVALID_TYPE, text);
 }
 
+void Call::refuse_unsupported(std::initializer_list<Named> shown, const char* format, ...) const {
+  va_list values;
+  va_start(values, format);
+  std::string text = message(function, shown, format, values);
+  va_end(values);
+  throw Error(STROBE_UNSUPPORTED, text);
+}
+
 bool is_float(int32_t dtype) { return dtype >= STROBE_FLOAT32 && dtype <= STROBE_BFLOAT16; }
 
 int64_t element_size(int32_t dtype) {
@@ -138,13 +146,17 @@ bool has_shape(const strobe_tensor& tensor, Shape shape) {
 }
 
 void check_device(const Call& call, Named tensor, Named reference) {
-  if (tensor->device == STROBE_CPU) [[likely]]
-    return;
-  if (tensor.tensor == reference.tensor || reference->device != STROBE_CPU) {
-    call.refuse_type({tensor}, "%s is on %s, allowed is cpu", tensor.name, device_text(*tensor.tensor).c_str());
+  if (tensor.tensor == reference.tensor) {
+    if (tensor->device == STROBE_CPU || tensor->device == STROBE_CUDA) [[likely]]
+      return;
+    call.refuse_type({tensor}, "%s is on %s, allowed is cpu or cuda", tensor.name, device_text(*tensor.tensor).c_str());
   }
-  call.refuse_type({tensor, reference}, "%s is on %s but %s is on cpu, allowed is one device for all tensors",
-                   tensor.name, device_text(*tensor.tensor).c_str(), reference.name);
+  if (tensor->device == reference->device &&
+      (tensor->device == STROBE_CPU || tensor->device_index == reference->device_index)) [[likely]]
+    return;
+  call.refuse_type({tensor, reference}, "%s is on %s but %s is on %s, allowed is one device for all tensors",
+                   tensor.name, device_text(*tensor.tensor).c_str(), reference.name,
+                   device_text(*reference.tensor).c_str());
 }
 
 void check_rank(const Call& call, Named tensor, int rank, const char* dims) {
@@ -212,6 +224,23 @@ void check_tensor(const Call& call, Named tensor, Named reference, int32_t dtype
 
 void check_index(const Call& call, Named tensor, Named reference, Shape shape, const char* dims) {
   check_tensor(call, tensor, reference, STROBE_INT32, shape, dims);
+}
+
+void check_vectors(const Call& call, Named tensor) {
+  const strobe_tensor& t = *tensor.tensor;
+  if (t.device != STROBE_CUDA || is_empty(t)) return;
+  constexpr int64_t kBytes = 16;
+  if (reinterpret_cast<uintptr_t>(t.data) % kBytes != 0) [[unlikely]] {
+    call.refuse_unsupported({tensor}, "the data of %s is not aligned, allowed on a GPU is a multiple of %lld bytes",
+                            tensor.name, static_cast<long long>(kBytes));
+  }
+  for (int i = 0; i + 1 < t.ndim; ++i) {
+    if (t.shape[i] > 1 && t.stride[i] * element_size(t.dtype) % kBytes != 0) [[unlikely]] {
+      call.refuse_unsupported({tensor},
+                              "stride %lld of dimension %d of %s, allowed on a GPU is a multiple of %lld bytes",
+                              static_cast<long long>(t.stride[i]), i, tensor.name, static_cast<long long>(kBytes));
+    }
+  }
 }
 
 void check_writable(const Call& call, Named tensor) {

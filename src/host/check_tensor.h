@@ -26,6 +26,8 @@ struct Call {
       std::initializer_list<Named> shown, const char* format, ...) const;
   [[noreturn, gnu::cold, gnu::noinline, gnu::format(printf, 3, 4)]] void refuse_type(std::initializer_list<Named> shown,
                                                                                      const char* format, ...) const;
+  [[noreturn, gnu::cold, gnu::noinline, gnu::format(printf, 3, 4)]] void refuse_unsupported(
+      std::initializer_list<Named> shown, const char* format, ...) const;
 };
 
 using Shape = std::initializer_list<int64_t>;
@@ -45,6 +47,8 @@ void check_memory(const Call& call, Named tensor);
 void check_tensor(const Call& call, Named tensor, Named reference, int32_t dtype, Shape shape, const char* dims);
 // As check_tensor for an int32 tensor whose rows are read as they lie.
 void check_index(const Call& call, Named tensor, Named reference, Shape shape, const char* dims);
+// On a GPU, rows are read and written 16 bytes at a time. The shape must have been checked.
+void check_vectors(const Call& call, Named tensor);
 // No two elements of a tensor that is written may share memory.
 void check_writable(const Call& call, Named tensor);
 // A tensor that is written shares no memory with the other one. Interleaved views of one buffer pass.

@@ -26,6 +26,7 @@ Rows rows_like_q(const Arguments& a, Named tensor, int64_t dim, const char* dims
   } else {
     host::check_tensor(call, tensor, a.q, a.q->dtype, {a.q->shape[0], a.q->shape[1], a.q->shape[2], dim}, dims);
   }
+  host::check_vectors(call, tensor);
   return host::rows_of(*tensor.tensor);
 }
 
@@ -42,6 +43,7 @@ Rows rows_like(const Arguments& a, Named tensor, Named input, const char* dims) 
   } else {
     host::check_tensor(a.call, tensor, input, a.q->dtype, {s[0], s[1], s[2], s[3]}, dims);
   }
+  host::check_vectors(a.call, tensor);
   host::check_writable(a.call, tensor);
   return host::rows_of(*tensor.tensor);
 }
@@ -75,6 +77,14 @@ void fill_shapes(const Arguments& a, const AttnParams& p, OutputShapes& shapes) 
   shapes.lse_ndim = n;
 }
 
+// Tables that lay in what the call writes would change while they lead through the tensors.
+void check_apart_from_tables(const Arguments& a, const AttnParams& p, Named written) {
+  const Named slopes{"alibi_slopes", a.args.alibi_slopes}, sinks{"s_aux", a.args.s_aux};
+  for (Named table : {a.cu_seqlens_q, p.cu_seqlens_k ? a.cu_seqlens_k : Named{}, a.seqused_q, a.seqused_k, a.leftpad_k,
+                      a.page_table, a.cache_batch_idx, a.full_from, slopes, sinks})
+    host::check_disjoint(a.call, written, table);
+}
+
 void check_written(const Arguments& a, AttnParams& p) {
   if (a.out) {
     p.out = rows_like_out(a, a.out, p);
@@ -86,6 +96,7 @@ void check_written(const Arguments& a, AttnParams& p) {
     host::check_writable(a.call, a.lse);
     for (Named other : {a.q, a.k, a.v, a.out}) host::check_disjoint(a.call, a.lse, other);
   }
+  for (Named written : {a.out, a.lse}) check_apart_from_tables(a, p, written);
 }
 
 void refuse_given(const Arguments& a, Named tensor, const char* where) {
@@ -116,6 +127,7 @@ void check_new_keys(const Arguments& a, const strobe_kvcache_args& args, KVCache
                      "[batch, seqlen_new, num_heads_k, head_dim]");
   host::check_tensor(call, v, k, a.q->dtype, {p.batch, k->shape[1], p.num_heads_v, p.head_dim_v},
                      "[batch, seqlen_new, num_heads_v, head_dim_v]");
+  for (Named fresh : {k, v}) host::check_vectors(call, fresh);
   problem.fwd.seqlen_new = k->shape[1];
   problem.k_new = host::rows_of(*k.tensor);
   problem.v_new = host::rows_of(*v.tensor);
@@ -157,7 +169,7 @@ void check_rotary(const Arguments& a, const strobe_kvcache_args& args, KVCachePa
   // Query rows share one position unless the mask tells them apart.
   const i64 turned_q =
       p.causal || p.window_left >= 0 || p.window_right >= 0 ? p.seqlen_q : std::min<i64>(1, p.seqlen_q);
-  for (i64 b = 0; b < p.batch; ++b) {
+  for (i64 b = 0; b < p.batch && !a.on_gpu(); ++b) {
     const i64 needed = p.seqused_k[b] + std::max(p.seqlen_new, turned_q);
     if (needed > rows) [[unlikely]] {
       call.refuse_value(
@@ -192,7 +204,6 @@ void check_backward(const strobe_backward_args& args, BackwardProblem& problem) 
   const Arguments a(args.fwd, "strobe_backward", false);
   AttnParams& p = problem.params.fwd;
   host::check_inputs(a, p);
-  refuse_given(a, a.page_table, "where gradients are computed");
   refuse_given(a, a.cache_batch_idx, "where gradients are computed");
   host::check_sequences(a, p);
   host::check_options(a, p, problem.s_aux_storage);
@@ -203,6 +214,7 @@ void check_backward(const strobe_backward_args& args, BackwardProblem& problem) 
   p.out = rows_like_out(a, a.out, p);
   bind_lse(a, p);
   problem.params.dout = rows_like_out(a, dout, p);
+  problem.params.deterministic = args.fwd.deterministic != 0;
   if (dlse) {
     check_lse_like(a, dlse, p);
     for (int i = 0; i < dlse->ndim; ++i) {
@@ -226,10 +238,12 @@ void check_backward(const strobe_backward_args& args, BackwardProblem& problem) 
   }
   for (Named written : {dq, dk, dv, ds_aux}) {
     for (Named read : {a.q, a.k, a.v, a.out, a.lse, dout, dlse}) host::check_disjoint(a.call, written, read);
+    check_apart_from_tables(a, p, written);
   }
   host::check_disjoint(a.call, dq, dk);
   host::check_disjoint(a.call, dq, dv);
   host::check_disjoint(a.call, dk, dv);
+  for (Named gradient : {dq, dk, dv}) host::check_disjoint(a.call, ds_aux, gradient);
 }
 
 void check_kvcache(const strobe_kvcache_args& args, KVCacheProblem& problem) {
@@ -255,6 +269,9 @@ void check_kvcache(const strobe_kvcache_args& args, KVCacheProblem& problem) {
       host::check_disjoint(a.call, a.out, fresh);
       host::check_disjoint(a.call, a.lse, fresh);
     }
+  }
+  if (p.seqlen_new) {
+    for (Named cache : {a.k, a.v}) check_apart_from_tables(a, p, cache);
   }
 }
 

@@ -117,6 +117,8 @@ bool read_plain_tensors(PyObject* const* tensors, Call& call) {
       // A negated view is one of complex numbers, whose stride is even.
       if (t.shape[last] == 1 && is_negated(tensors[n])) return false;
     }
+    // A GPU reads sinks in float32: Python converts them.
+    if (n == kSAux && t.device == STROBE_CUDA && t.dtype != STROBE_FLOAT32) return false;
     call.args.*kNames[n].field = &t;
   }
   return true;

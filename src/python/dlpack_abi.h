@@ -29,8 +29,10 @@ struct DLPackExchangeAPI {
   void* managed_tensor_from_py_object_no_sync;
   void* managed_tensor_to_py_object_no_sync;
   int (*dltensor_from_py_object_no_sync)(void* object, DLTensor* out);
-  void* current_work_stream;
+  int (*current_work_stream)(int32_t device_type, int32_t device_id, void** stream);
 };
+
+constexpr int32_t kDLCPU = 1, kDLCUDA = 2;
 
 enum DLCode : uint8_t { kDLInt = 0, kDLFloat = 2, kDLBfloat = 4 };
 

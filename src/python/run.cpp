@@ -1,7 +1,10 @@
 #include "python/run.h"
 
+#include <optional>
+
 #include "cpu/cpu.h"
 #include "cpu/probabilities.h"
+#include "host/cuda_engine.h"
 #include "host/executor.h"
 #include "python/torch_api.h"
 #include "python/torch_threads.h"
@@ -15,6 +18,40 @@ constexpr i64 kSmall = 4096;
 const strobe_executor& executor() {
   const strobe_executor* torch = torch_executor();
   return torch ? *torch : default_executor();
+}
+
+bool on_gpu(const Call& call) { return call.args.q->device == STROBE_CUDA; }
+
+// The device of a call is the current one while this lives: torch allocates on the current device.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(const Call& call) {
+    if (on_gpu(call)) current_.emplace(host::device(call.args.q->device_index));
+  }
+
+ private:
+  std::optional<host::CurrentDevice> current_;
+};
+
+// What goes wrong on a GPU after the checks does not know the function that the user called.
+template <class Body>
+auto named_on_gpu(const Call& call, Body body) {
+  return on_gpu(call) ? cuda::named(call.args.function, body) : body();
+}
+
+// On torch's current stream. The workspace goes back to torch's allocator at once, which hands it out again in the
+// order of that stream.
+template <class Params>
+void run_on_gpu(const Params& params, const Call& call) {
+  const strobe_tensor& q = *call.args.q;
+  const host::Device& gpu = host::device(q.device_index);
+  const host::Plan plan = cuda::plan(params, gpu);
+  NewTensor workspace{Ref(), nullptr};
+  const int64_t bytes = plan.workspace_bytes;
+  if (bytes > 0) workspace = new_tensor(q, STROBE_OTHER, &bytes, 1);
+  void* stream = current_stream(q.device_index);
+  // A first call compiles: seconds without the interpreter's lock.
+  without_gil([&] { cuda::run(params, plan, gpu, workspace.data, stream); });
 }
 
 // Binds new outputs of a checked call, so that it needs no second check.
@@ -44,14 +81,19 @@ Outputs allocate(const Call& call, AttnParams& params, const OutputShapes& shape
 Outputs run_forward(Call& call, bool want_lse) {
   ForwardProblem problem;
   check_forward(call.args, problem);
-  Outputs outputs = allocate(call, problem.params, problem.shapes, want_lse);
-  const AttnParams& p = problem.params;
-  if (p.batch * p.seqlen_q * p.seqlen_k * p.num_heads * (p.head_dim + p.head_dim_v) <= kSmall) {
-    cpu::forward(p, executor());
-  } else {
-    without_gil([&] { cpu::forward(p, executor()); });
-  }
-  return outputs;
+  return named_on_gpu(call, [&] {
+    const DeviceGuard device(call);
+    Outputs outputs = allocate(call, problem.params, problem.shapes, want_lse);
+    const AttnParams& p = problem.params;
+    if (on_gpu(call)) {
+      run_on_gpu(p, call);
+    } else if (p.batch * p.seqlen_q * p.seqlen_k * p.num_heads * (p.head_dim + p.head_dim_v) <= kSmall) {
+      cpu::forward(p, executor());
+    } else {
+      without_gil([&] { cpu::forward(p, executor()); });
+    }
+    return outputs;
+  });
 }
 
 Outputs run_kvcache(Call& call, PyObject* const* extra, bool rotary_interleaved, bool want_lse) {
@@ -65,15 +107,26 @@ Outputs run_kvcache(Call& call, PyObject* const* extra, bool rotary_interleaved,
   args.rotary_interleaved = rotary_interleaved;
   KVCacheProblem problem;
   check_kvcache(args, problem);
-  Outputs outputs = allocate(call, problem.params.fwd, problem.shapes, want_lse);
-  without_gil([&] { cpu::kvcache(problem.params, executor()); });
-  return outputs;
+  return named_on_gpu(call, [&] {
+    const DeviceGuard device(call);
+    Outputs outputs = allocate(call, problem.params.fwd, problem.shapes, want_lse);
+    if (on_gpu(call)) {
+      run_on_gpu(problem.params, call);
+    } else {
+      without_gil([&] { cpu::kvcache(problem.params, executor()); });
+    }
+    return outputs;
+  });
 }
 
 Gradients run_backward(Call& call, PyObject* dout, PyObject* dlse) {
   strobe_backward_args args;
   strobe_backward_args_init(&args);
   args.fwd = call.args;
+  for (const strobe_tensor* tensor : {call.args.q, call.args.k, call.args.v}) {
+    if (!tensor || tensor->ndim > STROBE_MAX_NDIM)
+      throw Error(STROBE_INVALID_VALUE, "strobe._C.backward: q, k or v is not that of a forward call");
+  }
   Ref dense_dout, dense_dlse;  // what autograd sends may be expanded
   args.dout = call.read(dout, "dout");
   const int last = args.dout ? args.dout->ndim - 1 : -1;
@@ -85,22 +138,26 @@ Gradients run_backward(Call& call, PyObject* dout, PyObject* dlse) {
     dense_dlse = contiguous(dlse);
     args.dlse = call.read(dense_dlse.get(), "dlse");
   }
+  const DeviceGuard device(call);
   Gradients gradients;
-  const auto like = [&](const strobe_tensor* input, int32_t dtype, const char* name, Ref& object) {
-    const strobe_tensor& shape = *input;
-    if (shape.ndim > STROBE_MAX_NDIM) throw Error(STROBE_INVALID_VALUE, "too many dimensions");
-    object = new_tensor(shape, dtype, shape.shape, shape.ndim).object;
+  const auto like = [&](const strobe_tensor& input, int32_t dtype, const char* name, Ref& object) {
+    object = new_tensor(input, dtype, input.shape, input.ndim).object;
     return call.read(object.get(), name);
   };
-  if (args.fwd.q && args.fwd.k && args.fwd.v) {
-    args.dq = like(args.fwd.q, args.fwd.q->dtype, "dq", gradients.dq);
-    args.dk = like(args.fwd.k, args.fwd.k->dtype, "dk", gradients.dk);
-    args.dv = like(args.fwd.v, args.fwd.v->dtype, "dv", gradients.dv);
-  }
-  if (args.fwd.s_aux) args.ds_aux = like(args.fwd.s_aux, STROBE_FLOAT32, "ds_aux", gradients.ds_aux);
+  const strobe_args& fwd = args.fwd;
+  args.dq = like(*fwd.q, fwd.q->dtype, "dq", gradients.dq);
+  args.dk = like(*fwd.k, fwd.k->dtype, "dk", gradients.dk);
+  args.dv = like(*fwd.v, fwd.v->dtype, "dv", gradients.dv);
+  if (fwd.s_aux) args.ds_aux = like(*fwd.s_aux, STROBE_FLOAT32, "ds_aux", gradients.ds_aux);
   BackwardProblem problem;
   check_backward(args, problem);
-  without_gil([&] { cpu::backward(problem.params, executor()); });
+  named_on_gpu(call, [&] {
+    if (on_gpu(call)) {
+      run_on_gpu(problem.params, call);
+    } else {
+      without_gil([&] { cpu::backward(problem.params, executor()); });
+    }
+  });
   return gradients;
 }
 

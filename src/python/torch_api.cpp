@@ -147,7 +147,7 @@ bool try_read_tensor(PyObject* tensor, strobe_tensor& out) {
   }
   out.data = static_cast<char*>(t.data) + t.byte_offset;
   out.dtype = dtype_of(t);
-  out.device = t.device.type == 1 ? STROBE_CPU : t.device.type == 2 ? STROBE_CUDA : STROBE_OTHER_DEVICE;
+  out.device = t.device.type == kDLCPU ? STROBE_CPU : t.device.type == kDLCUDA ? STROBE_CUDA : STROBE_OTHER_DEVICE;
   out.device_index = t.device.id;
   out.ndim = t.ndim;
   int64_t count = 1;
@@ -161,9 +161,10 @@ bool try_read_tensor(PyObject* tensor, strobe_tensor& out) {
 }
 
 NewTensor new_tensor(const strobe_tensor& device, int32_t dtype, const int64_t* shape, int ndim) {
-  // Of outputs and of LSEs. The GIL guards them; they are never freed, since the interpreter ends before statics do.
-  static SizeCache* const caches = new SizeCache[2];
-  SizeCache& cache = caches[dtype == STROBE_FLOAT32 && ndim < 4];
+  // Of outputs, LSEs and workspaces. The GIL guards them; they are never freed, since the interpreter ends before
+  // statics do.
+  static SizeCache* const caches = new SizeCache[3];
+  SizeCache& cache = caches[dtype == STROBE_OTHER ? 2 : dtype == STROBE_FLOAT32 && ndim < 4];
   if (!cache.holds(shape, ndim)) cache.make(shape, ndim);
   PyObject* empty = device.device == STROBE_CUDA ? torch.empty_cuda : torch.empty_cpu;
   NewTensor fresh{
@@ -173,6 +174,12 @@ NewTensor new_tensor(const strobe_tensor& device, int32_t dtype, const int64_t* 
   if (torch.exchange->dltensor_from_py_object_no_sync(fresh.object.get(), &t) != 0) throw Raised{};
   fresh.data = static_cast<char*>(t.data) + t.byte_offset;
   return fresh;
+}
+
+void* current_stream(int32_t device_index) {
+  void* stream = nullptr;
+  if (torch.exchange->current_work_stream(kDLCUDA, device_index, &stream) != 0) throw Raised{};
+  return stream;
 }
 
 Ref contiguous(PyObject* tensor) {

@@ -25,12 +25,15 @@ bool is_negated(PyObject* tensor);
 // Shapes are copied: DLPack only lends them.
 bool try_read_tensor(PyObject* tensor, strobe_tensor& out);
 
-// A new contiguous tensor on `device`, and its memory.
+// A new contiguous tensor on the device of `device`, and its memory. On a GPU that device must be the current one.
+// STROBE_OTHER stands for bytes.
 struct NewTensor {
   Ref object;
   void* data;
 };
 NewTensor new_tensor(const strobe_tensor& device, int32_t dtype, const int64_t* shape, int ndim);
+// torch's current stream on a GPU, a cudaStream_t.
+void* current_stream(int32_t device_index);
 // The tensor, or a contiguous copy.
 Ref contiguous(PyObject* tensor);
 

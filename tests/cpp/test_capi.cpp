@@ -250,7 +250,10 @@ void test_errors() {
       {"q dtype", STROBE_INVALID_TYPE, "q is int64", [](Forward& f) { f.q.t.dtype = STROBE_INT64; }},
       {"unnamed dtype", STROBE_INVALID_TYPE, "of another dtype", [](Forward& f) { f.q.t.dtype = STROBE_OTHER; }},
       {"mixed dtype", STROBE_INVALID_TYPE, "v is bf16", [](Forward& f) { f.v.t.dtype = STROBE_BFLOAT16; }},
-      {"device", STROBE_INVALID_TYPE, "q is on cuda:0, allowed is cpu", [](Forward& f) { f.q.t.device = STROBE_CUDA; }},
+      {"device", STROBE_INVALID_TYPE, "q is on a device that Strobe does not know, allowed is cpu or cuda",
+       [](Forward& f) { f.q.t.device = STROBE_OTHER_DEVICE; }},
+      {"q elsewhere", STROBE_INVALID_TYPE, "k is on cpu but q is on cuda:0",
+       [](Forward& f) { f.q.t.device = STROBE_CUDA; }},
       {"mixed devices", STROBE_INVALID_TYPE, "k is on cuda:0 but q is on cpu",
        [](Forward& f) { f.k.t.device = STROBE_CUDA; }},
       {"cache row", STROBE_INVALID_VALUE, "cache_batch_idx is given",
@@ -334,7 +337,7 @@ void test_backward_errors() {
       {STROBE_INVALID_VALUE, "dq overlaps dk", [](Backward& b) { b.dk.t.data = b.dq.t.data; }},
       {STROBE_INVALID_VALUE, "ds_aux is missing", [](Backward& b) { b.args.fwd.s_aux = &b.sinks.t; }},
       {STROBE_INVALID_VALUE, "ds_aux is given", [](Backward& b) { b.args.ds_aux = &b.sinks.t; }},
-      {STROBE_INVALID_VALUE, "page_table is given",
+      {STROBE_INVALID_VALUE, "page_table has 1 dimensions",
        [&](Backward& b) {
          b.args.fwd.page_table = &pages.t;
          b.args.fwd.seqused_k = &pages.t;

@@ -2,6 +2,7 @@
 // softmax.
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <random>
 #include <vector>
 
@@ -13,7 +14,6 @@ using namespace strobe;
 
 namespace {
 
-constexpr int kProblems = 1'200'000;
 long passed = 0, failed = 0;
 
 void expect(bool held, const char* what, const Mask& m, i64 block_m, i64 block_n) {
@@ -133,10 +133,12 @@ void check_softmax(std::mt19937& random) {
 
 }  // namespace
 
-int main() {
+// test_mask [PROBLEMS]
+int main(int argc, char** argv) {
+  const int problems = argc > 1 ? std::atoi(argv[1]) : 1'200'000;
   std::mt19937 random(2024);
   const auto below = [&](i64 n) { return i64(random() % u64(n)); };
-  for (int n = 0; n < kProblems; ++n) {
+  for (int n = 0; n < problems; ++n) {
     Mask m;
     m.seqlen_q = below(14);
     m.seqlen_k = below(14);

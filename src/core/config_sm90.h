@@ -1,0 +1,59 @@
+// Configs of the Hopper forward kernel.
+#pragma once
+
+#include "config.h"
+
+namespace strobe {
+
+struct FwdSm90Config {
+  i32 dtype = 0;                     // DType
+  i32 head_dim = 0, head_dim_v = 0;  // as in memory
+  i32 block_m = 0, block_n = 0;      // query rows, 64 a consumer warpgroup, and keys of a tile
+  i32 stages = 0;
+  i32 pingpong = 0;  // consumers take turns with the tensor cores
+  i32 packed = 0;    // sequences of their own lengths: tiles are found by a scan over them
+  i32 softcap = 0;
+
+  constexpr bool operator==(const FwdSm90Config&) const = default;
+};
+
+template <class F>
+constexpr void fields(const FwdSm90Config& c, F f) {
+  f("dtype", c.dtype);
+  f("head_dim", c.head_dim);
+  f("head_dim_v", c.head_dim_v);
+  f("block_m", c.block_m);
+  f("block_n", c.block_n);
+  f("stages", c.stages);
+  f("pingpong", c.pingpong);
+  f("packed", c.packed);
+  f("softcap", c.softcap);
+}
+
+constexpr int consumers(const FwdSm90Config& c) { return c.block_m / 64; }
+constexpr int threads(const FwdSm90Config& c) { return 128 * (consumers(c) + 1); }
+
+// Shared memory holds panels of 64 columns, 128 bytes a row: the width of the swizzle.
+constexpr int panels(int dim) { return (dim + 63) / 64; }
+constexpr i64 query_bytes(const FwdSm90Config& c) { return i64(c.block_m) * panels(c.head_dim) * 128; }
+constexpr i64 key_bytes(const FwdSm90Config& c) { return i64(c.block_n) * panels(c.head_dim) * 128; }
+constexpr i64 value_bytes(const FwdSm90Config& c) { return i64(c.block_n) * panels(c.head_dim_v) * 128; }
+// Row bounds, barriers and the tile that the producer hands over.
+constexpr i64 bounds_bytes(const FwdSm90Config& c) { return i64(c.block_m) * 16; }
+constexpr i64 barrier_bytes(const FwdSm90Config& c) { return (2 + 4 * c.stages) * 8; }
+constexpr i64 kTileBytes = 64;
+constexpr i64 smem_bytes(const FwdSm90Config& c) {
+  return query_bytes(c) + c.stages * (key_bytes(c) + value_bytes(c)) + bounds_bytes(c) + barrier_bytes(c) + kTileBytes;
+}
+
+// Registers of a thread, which setmaxnreg deals out: the pool is 64 K.
+constexpr int producer_registers(const FwdSm90Config& c) { return consumers(c) == 3 ? 32 : 40; }
+constexpr int consumer_registers(const FwdSm90Config& c) { return consumers(c) == 3 ? 160 : 232; }
+
+constexpr bool valid(const FwdSm90Config& c) {
+  return (c.dtype == i32(DType::f16) || c.dtype == i32(DType::bf16)) && c.head_dim % 8 == 0 && c.head_dim_v % 8 == 0 &&
+         c.head_dim > 0 && c.head_dim <= 256 && c.head_dim_v > 0 && c.head_dim_v <= 256 &&
+         (c.block_m == 128 || c.block_m == 192) && c.block_n % 16 == 0 && c.block_n <= 256 && c.stages >= 2;
+}
+
+}  // namespace strobe

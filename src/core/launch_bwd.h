@@ -1,0 +1,44 @@
+// Parameters of the backward kernels: the problem, and where its workspace lies.
+#pragma once
+
+#include "config_bwd.h"
+#include "params.h"
+#include "seqlen.h"
+
+namespace strobe {
+
+// A sequence's first key tile in partial results; those of packed sequences do not overlap.
+STROBE_HD i64 bwd_first_k_tile(const AttnParams& p, const SeqInfo& s, i64 max_k_tiles, i64 block_n) {
+  return p.cu_seqlens_k ? (s.k_begin - s.leftpad) / block_n + s.batch : s.batch * max_k_tiles;
+}
+
+struct BwdLaunch {
+  BackwardParams p;
+  float* stats;          // [num_heads, q_tiles, 2, block_m]: -LSE in units of log2, delta
+  float* dq_acc;         // [num_heads, q_tiles, block_m * dq_cols], in the order of fragments
+  u32* turns;            // [num_heads, q_tiles, warps]: key blocks that added to dq_acc; null where any order will do
+  float* dk_parts;       // [num_heads / heads_per_block, k_tiles, block_n, head_dim]; null: the main kernel writes dk
+  float* dv_parts;       // likewise with head_dim_v
+  float* sinks;          // [num_heads, batch, max_q_tiles]; null without ds_aux
+  i64 q_tiles, k_tiles;  // of all sequences, per head
+  i64 max_q_tiles, max_k_tiles;  // of one sequence
+  i64 dq_tile;                   // block_m * dq_cols
+  i64 turns_per_tile;            // warps of the main kernel
+  i64 heads_per_block;           // query heads that one block of the main kernel takes, one after another
+
+  // The sequence's first tile in stats and dq_acc; tiles of packed sequences do not overlap.
+  STROBE_HD i64 first_q_tile(const SeqInfo& s, i64 block_m) const {
+    return p.fwd.cu_seqlens_q ? s.q_begin / block_m + s.batch : s.batch * max_q_tiles;
+  }
+};
+
+// One of dk and dv.
+struct BwdSumLaunch {
+  AttnParams p;
+  Rows out;
+  const float* parts;  // [num_heads / heads_per_block, k_tiles, block_n, dim]
+  i64 dim, count;      // parts of each head of out
+  i64 k_tiles, max_k_tiles, block_n;
+};
+
+}  // namespace strobe

@@ -1,0 +1,134 @@
+// The elementwise part of the backward pass, on transposed fragments: rows are keys, columns are queries.
+#pragma once
+
+#include "core/launch_bwd.h"
+#include "core/philox.h"
+#include "core/score.h"
+#include "core/softmax.h"
+#include "cuda/ptx/memory.cuh"
+#include "cuda/tile/fragment.cuh"
+
+namespace strobe {
+
+constexpr float kBwdLog2e = 1.44269504088896340736f;
+
+// tanh by 2^x: error below 1e-6, and no branch.
+__device__ __forceinline__ float bwd_tanh(float x) { return 1.f - 2.f * ptx::rcp(ptx::ex2(2.f * kBwdLog2e * x) + 1.f); }
+
+template <BwdConfig C>
+struct BwdScores {
+  const AttnParams& p;
+  const SeqInfo& seq;
+  i32 head;
+  i32 i0, j0;  // the fragment's first query and key
+  u32 stats;   // shared memory, of query i0: -LSE in units of log2; C.block_m floats further, delta
+  u32 seen;    // shared memory, of key j0: the queries that see it
+
+  // Which scores dropout keeps, a bit each in the order of at(): drawn ahead of the products, while registers are free.
+  template <int kM, int kN>
+  struct Kept {
+    u32 bits[kM * kN / 1024 + (kM * kN % 1024 != 0)] = {};
+    __device__ __forceinline__ static constexpr int at(int n, int m, int r, int h, int e) {
+      return (((n * (kM / 16) + m) * 2 + r) * 2 + h) * 2 + e;
+    }
+    __device__ __forceinline__ bool test(int i) const { return bits[i / 32] >> (i % 32) & 1; }
+  };
+
+  // From s = K Q^T and dp = V dO^T to dropped P^T and dS^T (without the scale). What lies behind the mask may be
+  // infinite: it is replaced, not multiplied.
+  template <bool kMasked, int kM, int kN>
+  __device__ __forceinline__ void apply(Fragment<kM, kN>& s, Fragment<kM, kN>& dp, const Kept<kM, kN>& kept) const {
+    const int lane = lane_id(), g = lane / 4, t = lane % 4;
+    const float scale_log2 = p.scale * kBwdLog2e;
+    float slope = 0.f, keep_scale = 1.f;
+    if constexpr (C.alibi) slope = p.alibi_slopes[seq.batch * p.alibi_batch_stride + head] * kBwdLog2e;
+    if constexpr (C.dropout) keep_scale = 1.f / (1.f - p.dropout_p);
+    const i32 distance0 = i32(seq.seqlen_k - seq.seqlen_q) + i0 - j0 + 2 * t - g;
+#pragma unroll
+    for (int n = 0; n < kN / 16; ++n) {
+      float2 shift[2], delta[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const u32 at = stats + u32((n * 16 + h * 8 + 2 * t) * 4);
+        shift[h] = ptx::ld_shared_8(at);
+        delta[h] = ptx::ld_shared_8(at + C.block_m * 4);
+      }
+#pragma unroll
+      for (int m = 0; m < kM / 16; ++m) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          i32 begin = 0, end = 0, full_begin = 0, full_end = 0;
+          if constexpr (kMasked) {
+            const uint4 q = ptx::ld_shared_16(seen + u32((m * 16 + r * 8 + g) * 16));
+            const i32 first = i0 + n * 16 + 2 * t;
+            begin = i32(q.x) - first;
+            end = i32(q.y) - first;
+            full_begin = i32(q.z) - first;
+            full_end = i32(q.w) - first;
+          }
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float &sx = s.x[m][2 * n + h][2 * r + e], &dx = dp.x[m][2 * n + h][2 * r + e];
+              const float shift_i = e ? shift[h].y : shift[h].x, delta_i = e ? delta[h].y : delta[h].x;
+              float derivative = 1.f, score, d = dx;
+              if constexpr (C.softcap) {
+                const float capped = bwd_tanh(sx * (p.scale / p.softcap));
+                derivative = 1.f - capped * capped;
+                score = capped * (p.softcap * kBwdLog2e);
+              } else {
+                score = sx * scale_log2;
+              }
+              if constexpr (C.alibi) {
+                const i32 distance = distance0 + n * 16 + h * 8 + e - m * 16 - r * 8;
+                score -= slope * fabsf(float(distance));
+              }
+              float prob = ptx::ex2(score + shift_i);
+              if constexpr (kMasked) {
+                const int i = h * 8 + e;
+                const bool visible = (i >= begin && i < end) || (i >= full_begin && i < full_end);
+                prob = visible ? prob : 0.f;
+                d = visible ? d : 0.f;
+                if constexpr (C.softcap) derivative = visible ? derivative : 0.f;
+              }
+              float keep = 1.f;
+              if constexpr (C.dropout) keep = kept.test(kept.at(n, m, r, h, e)) ? keep_scale : 0.f;
+              sx = prob * keep;
+              dx = prob * (d * keep - delta_i) * derivative;
+            }
+        }
+      }
+    }
+  }
+
+  // A draw belongs to one query and two keys, g and its neighbour of the other parity, and so to two lanes: each makes
+  // one of the two draws that they need.
+  template <int kM, int kN>
+  __device__ __forceinline__ Kept<kM, kN> draw() const {
+    const int lane = lane_id(), g = lane / 4, t = lane % 4;
+    const Dropout dropout = {p.seed, p.offset, keep_threshold(p.dropout_p)};
+    Kept<kM, kN> kept;
+#pragma unroll
+    for (int n = 0; n < kN / 16; ++n)
+#pragma unroll
+      for (int m = 0; m < kM / 16; ++m) {
+        const Philox4 own = dropout.lane((i0 + n * 16) / 16, (j0 + m * 16) / 16, seq.batch * p.num_heads + head,
+                                         (2 * t + g % 2) * 4 + g / 2);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          const u32 other = __shfl_xor_sync(0xffffffffu, own.word[w], 4);
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const u32 word = g % 2 == e ? own.word[w] : other;
+            const u32 keep = (g % 2 ? word >> 16 : word & 0xFFFFu) < dropout.threshold;
+            const int i = kept.at(n, m, w / 2, w % 2, e);
+            kept.bits[i / 32] |= keep << (i % 32);
+          }
+        }
+      }
+    return kept;
+  }
+};
+
+}  // namespace strobe

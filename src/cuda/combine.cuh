@@ -1,0 +1,96 @@
+// Merges the parts of a split forward pass: one block per query row and head, whose warps share the parts. The learned
+// sink joins here, once.
+#pragma once
+
+#include "core/config.h"
+#include "core/launch.h"
+#include "core/softmax.h"
+#include "cuda/epilogue.cuh"
+
+namespace strobe {
+
+template <CombineConfig C>
+__global__ __launch_bounds__(threads(C)) void combine(const __grid_constant__ CombineLaunch launch) {
+  static_assert(valid(C));
+  constexpr DType kType = DType(C.dtype);
+  constexpr int kWarps = threads(C) / 32, kDim = C.head_dim_v;
+  constexpr int kEach = (kDim + 127) / 128;  // a lane's groups of four columns
+  extern __shared__ __align__(1024) unsigned char smem[];
+
+  const AttnParams& p = launch.p;
+  const u32 n = blockIdx.x, rows = u32(p.seqlen_q), heads = u32(p.num_heads);
+  const u32 i = n % rows, h = n / rows % heads;
+  const SeqInfo seq = SeqInfo::of(p, n / rows / heads);
+  if (i >= seq.rows_q) return;
+  u16* const out = static_cast<u16*>(p.out.data) + seq.q_index(p.out, i, h);
+  const int lane = lane_id(), warp = warp_id();
+  const bool used = i < seq.seqlen_q;
+  const i64 first = h * p.total_q + global_row(p, seq, i), stride = p.num_heads * p.total_q;
+
+  // Every warp finds the row's maximum, so that parts need no further rescaling.
+  RowState row;
+  const float2* const state = reinterpret_cast<const float2*>(launch.partial_state);
+  if (used) {
+    for (int part = lane; part < launch.num_splits; part += 32) {
+      const float2 s = state[first + part * stride];
+      merge(row, {s.x, s.y});
+    }
+    for (int step = 16; step > 0; step /= 2)
+      merge(row, {__shfl_xor_sync(0xffffffffu, row.max, step), __shfl_xor_sync(0xffffffffu, row.sum, step)});
+  }
+
+  float4 sum[kEach] = {};
+  if (used) {
+#pragma unroll 4
+    for (int part = warp; part < launch.num_splits; part += kWarps) {
+      const i64 at = first + part * stride;
+      const float2 s = state[at];
+      if (s.y == 0.f) continue;  // nothing was seen, nothing was written
+      const float factor = rescale(s.x, row.max);
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) {
+        const int col = e * 128 + lane * 4;
+        if (col >= kDim) continue;
+        const float4 x = *reinterpret_cast<const float4*>(launch.partial_out + at * kDim + col);
+        sum[e].x += x.x * factor;
+        sum[e].y += x.y * factor;
+        sum[e].z += x.z * factor;
+        sum[e].w += x.w * factor;
+      }
+    }
+  }
+  float4* const shared = reinterpret_cast<float4*>(smem);
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const int col = e * 128 + lane * 4;
+    if (warp > 0 && col < kDim) shared[((warp - 1) * kDim + col) / 4] = sum[e];
+  }
+  __syncthreads();
+  if (warp > 0) return;
+
+  RowResult result = {0.f, kInfinity};
+  if (used) result = finalize(row, p.s_aux ? p.s_aux + h : nullptr);
+  if (p.lse && lane == 0) p.lse[seq.lse_index(p, i, h)] = result.lse;
+  const float keep = p.dropout_p > 0.f ? 1.f / (1.f - p.dropout_p) : 1.f;
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const int col = e * 128 + lane * 4;
+    if (col >= kDim) continue;
+    float4 x = sum[e];
+    for (int other = 0; other < kWarps - 1; ++other) {
+      const float4 y = shared[(other * kDim + col) / 4];
+      x.x += y.x;
+      x.y += y.y;
+      x.z += y.z;
+      x.w += y.w;
+    }
+    const float scale = result.scale * keep;
+    const bool zero = result.scale == 0.f;
+    uint2 packed;
+    packed.x = zero ? 0u : ptx::cvt_pair<kType>(x.x * scale, x.y * scale);
+    packed.y = zero ? 0u : ptx::cvt_pair<kType>(x.z * scale, x.w * scale);
+    *reinterpret_cast<uint2*>(out + col) = packed;
+  }
+}
+
+}  // namespace strobe

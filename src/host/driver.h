@@ -1,0 +1,55 @@
+// The CUDA driver, opened at run time: own declarations of the calls that Strobe uses, in one table of functions.
+#pragma once
+
+#include <cstddef>
+
+#include "core/base.h"
+
+namespace strobe::host {
+
+// The driver's types, under its names. Handles are opaque.
+using CUresult = int;
+using CUdevice = int;
+using CUcontext = struct CUctx_st*;
+using CUmodule = struct CUmod_st*;
+using CUfunction = struct CUfunc_st*;
+using CUstream = struct CUstream_st*;
+
+constexpr CUresult kCudaSuccess = 0;
+constexpr CUresult kCudaOutOfMemory = 2;
+
+struct Driver {
+  CUresult (*cuInit)(unsigned flags);
+  CUresult (*cuDriverGetVersion)(int* version);
+  CUresult (*cuGetErrorName)(CUresult error, const char** name);
+  CUresult (*cuDeviceGet)(CUdevice* device, int ordinal);
+  CUresult (*cuDeviceGetCount)(int* count);
+  CUresult (*cuDeviceGetAttribute)(int* value, int attribute, CUdevice device);
+  CUresult (*cuDevicePrimaryCtxRetain)(CUcontext* context, CUdevice device);
+  CUresult (*cuCtxGetCurrent)(CUcontext* context);
+  CUresult (*cuCtxSetCurrent)(CUcontext context);
+  CUresult (*cuModuleLoadData)(CUmodule* module, const void* image);
+  CUresult (*cuModuleGetFunction)(CUfunction* function, CUmodule module, const char* name);
+  CUresult (*cuFuncSetAttribute)(CUfunction function, int attribute, int value);
+  CUresult (*cuStreamIsCapturing)(CUstream stream, int* status);
+  CUresult (*cuThreadExchangeStreamCaptureMode)(int* mode);
+  CUresult (*cuLaunchKernel)(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                             unsigned block_y, unsigned block_z, unsigned smem_bytes, CUstream stream, void** params,
+                             void** extra);
+
+  int version;  // 13000 is CUDA 13.0
+};
+
+// The initialised driver. Throws Error where there is none, where it is too old or where it does not start.
+const Driver& driver();
+// Its version, or 0 where driver() would throw.
+int driver_version() noexcept;
+// Throws Error("cannot <what>: CUDA_ERROR_...").
+[[noreturn, gnu::cold]] void fail_cuda(CUresult result, const char* what);
+
+inline void check_cuda(CUresult result, const char* what) {
+  if (result != kCudaSuccess) [[unlikely]]
+    fail_cuda(result, what);
+}
+
+}  // namespace strobe::host
