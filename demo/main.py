@@ -1,147 +1,163 @@
-"""Trains a small GPT on real text with all attention by Strobe, checks it against SDPA, generates with a KV cache."""
+"""Trains a small GPT on real text, attention all Strobe, checks it against SDPA and writes demo/out/report.html."""
 
 import argparse
-import math
+import platform
 import time
-from pydoc_data import topics
+from pathlib import Path
+from typing import NamedTuple
 
+import look
+import measure
+import report
+import text
 import torch
-import torch.nn.functional as F
-from torch import nn
+from device import Device, device
+from evaluate import SCORED, Evaluation, evaluate, summary
+from generate import Generated, generate
+from model import GPT, loss_of, sdpa_attention, strobe_attention
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from train import SHARED, Agreement, Trained, compare_step, train
 
 import strobe
 
-CONTEXT, WIDTH, LAYERS = 256, 128, 4
-HEADS, HEADS_K, HEADS_V, DIM, DIM_V = 4, 2, 4, 32, 64
-WINDOW, KEEP = 48, 4
+OUT = Path(__file__).parent / "out" / "report.html"
+PROMPT = 'The "for" statement is used to '
+LONGER = 16  # the long training step of the table, in training contexts
 
 
-def slopes() -> torch.Tensor:
-    return torch.tensor([2.0 ** (-2 * (h + 1)) for h in range(HEADS)])
+class Run(NamedTuple):
+    """What the demo found out; report.py shows it."""
+
+    where: Device
+    versions: str
+    parameters: int
+    train_bytes: int
+    agreement: Agreement
+    trained: Trained
+    twin: Trained  # the first steps again, on SDPA
+    evaluation: Evaluation
+    generated: Generated
+    heads: list  # attention weights, per layer
+    curves: dict
+    table: list  # rows of text, the first is the head
+    tiles: list  # (value, what it is)
 
 
-def dense_attention(q, k, v, window: int, keep: int):
-    """The same by scaled_dot_product_attention with a dense mask."""
-    n = q.shape[1]
-    i, j = torch.arange(n)[:, None], torch.arange(n)[None, :]
-    seen = j <= i
-    if window >= 0:
-        seen = seen & ((j >= i - window) | (j < keep))
-    bias = -slopes()[:, None, None] * (i - j).abs()
-    bias = bias.masked_fill(~seen, -torch.inf).to(q.dtype)
-    q, k, v = (x.repeat_interleave(HEADS // x.shape[2], 2).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None]).transpose(1, 2)
+def require(holds: bool, what: str) -> None:
+    if not holds:
+        raise SystemExit(f"FAILED: {what}")
 
 
-class Block(nn.Module):
-    def __init__(self, window: int):
-        super().__init__()
-        self.window = window
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
-        self.qkv = nn.Linear(WIDTH, HEADS * DIM + HEADS_K * DIM + HEADS_V * DIM_V)
-        self.project = nn.Linear(HEADS * DIM_V, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
-
-    def forward(self, x, dense=False, keep=KEEP, cache=None, length=0):
-        q, k, v = self.qkv(self.norms[0](x)).split((HEADS * DIM, HEADS_K * DIM, HEADS_V * DIM_V), -1)
-        q, k, v = q.unflatten(-1, (HEADS, DIM)), k.unflatten(-1, (HEADS_K, DIM)), v.unflatten(-1, (HEADS_V, DIM_V))
-        options = {"causal": True, "window_size": (self.window, 0), "alibi_slopes": slopes(), "keep_first": keep}
-        if cache is not None:
-            out = strobe.flash_attn_with_kvcache(q, *cache, k, v, cache_seqlens=length, **options)
-        elif dense:
-            out = dense_attention(q, k, v, self.window, keep)
-        else:
-            out = strobe.flash_attn_func(q, k, v, **options)
-        x = x + self.project(out.flatten(-2))
-        return x + self.mlp(self.norms[1](x))
-
-
-class GPT(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(256, WIDTH)
-        self.blocks = nn.ModuleList(Block(WINDOW if n % 2 == 0 else -1) for n in range(LAYERS))
-        self.norm = nn.LayerNorm(WIDTH)
-        nn.init.normal_(self.embed.weight, std=0.02)
-
-    def forward(self, tokens, caches=None, length=0, **options):
-        x = self.embed(tokens)
-        for n, block in enumerate(self.blocks):
-            x = block(x, cache=caches and caches[n], length=length, **options)
-        return self.norm(x) @ self.embed.weight.T
-
-
-def loss_of(model, batch, **options):
-    logits = model(batch[:, :-1], **options)
-    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-
-
-def check_against_dense(model, batch):
-    gradients = []
-    for dense in (False, True):
-        model.zero_grad()
-        loss = loss_of(model, batch, dense=dense)
-        loss.backward()
-        gradients.append((loss.item(), [p.grad.clone() for p in model.parameters()]))
-    (ours, a), (theirs, b) = gradients
-    worst = max(((x - y).norm() / y.norm().clamp_min(1e-12)).item() for x, y in zip(a, b, strict=True))
-    print(
-        f"one step against scaled_dot_product_attention: loss {ours:.6f} / {theirs:.6f}, gradients within {worst:.1e}"
-    )
-    if abs(ours - theirs) > 1e-4 or worst > 1e-3:
-        raise SystemExit("the two differ")
-
-
-@torch.no_grad()
-def generate(model, prompt: bytes, count: int) -> bytes:
-    tokens = list(prompt)
-    capacity = len(tokens) + count
-    caches = [(torch.empty(1, capacity, HEADS_K, DIM), torch.empty(1, capacity, HEADS_V, DIM_V)) for _ in range(LAYERS)]
-    logits, length, worst = model(torch.tensor([tokens]), caches), len(tokens), 0.0
-    for step in range(count):
-        if step % 32 == 0:
-            worst = max(worst, (logits[0, -1] - model(torch.tensor([tokens]))[0, -1]).abs().max().item())
-        tokens.append(torch.multinomial((logits[0, -1] / 0.7).softmax(-1), 1).item())
-        logits = model(torch.tensor([tokens[-1:]]), caches, length)
-        length += 1
-    print(f"cached against uncached logits: largest difference {worst:.1e}")
-    if worst > 1e-3:
-        raise SystemExit("the cache changes the logits")
-    return bytes(tokens)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=400)
-    steps = parser.parse_args().steps
+def new_model(where: Device) -> GPT:
     torch.manual_seed(0)
-    text = torch.tensor(list("\n".join(topics.topics.values()).encode()))
-    train, held_out = text[: -len(text) // 10], text[-len(text) // 10 :]
-    print(f"strobe {strobe.__version__} on {strobe.cpu_isa()}, {len(text):,} bytes of text")
-    model = GPT()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    return GPT(where.dtype).to(where.name)
 
-    def batch(size=8, length=CONTEXT):
-        starts = torch.randint(0, len(train) - length - 1, (size,))
-        return torch.stack([train[s : s + length + 1] for s in starts])
 
-    check_against_dense(model, batch())
-    begin = time.perf_counter()
-    for step in range(1, steps + 1):
-        optimizer.zero_grad()
-        loss = loss_of(model, batch())
-        loss.backward()
-        optimizer.step()
-        if step % 50 == 0 or step == steps:
-            rate = step * 8 * CONTEXT / (time.perf_counter() - begin)
-            print(f"step {step:4d}  loss {loss.item():.3f}  {rate:,.0f} bytes/s", flush=True)
-    print("bits per byte on held-out text:")
-    with torch.no_grad():
-        for factor in (1, 4, 16):
-            piece = held_out[: CONTEXT * factor + 1][None]
-            bits = [loss_of(model, piece, keep=keep).item() / math.log(2) for keep in (KEEP, 0)]
-            print(f"  context {CONTEXT * factor:5d}: window + kept tokens {bits[0]:.3f}, window only {bits[1]:.3f}")
-    print(generate(model, b"The class statement ", 300).decode(errors="replace"))
+def beside_sdpa(model, train_text, where: Device, trained: Trained, twin: Trained) -> list:
+    """The final table: Strobe and SDPA on the same training steps."""
+    rows = [["", "Strobe", "SDPA, dense masks"]]
+    n = len(twin.losses)
+    rows.append([f"loss after {n} steps", f"{trained.losses[n - 1]:.5f}", f"{twin.losses[-1]:.5f}"])
+    short = next(text.batches(train_text, where.context, where.tokens // where.context, 5))
+    long = next(text.batches(train_text, where.context * LONGER, 1, 5))
+    for batch in (short, long):
+        size, length = batch.shape[0], batch.shape[1] - 1
+        ours, theirs = (
+            measure.training_step(model, batch.to(where.name), loss_of, attention, where)
+            for attention in (strobe_attention, sdpa_attention)
+        )
+        rows.append([f"training step, {size} × {length} bytes", f"{ours[0]:,.0f} ms", f"{theirs[0]:,.0f} ms"])
+        rows.append([f"its memory, {size} × {length} bytes", f"{ours[1]:,.0f} MiB", f"{theirs[1]:,.0f} MiB"])
+    return rows
+
+
+def show_table(console: Console, title: str, rows) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for n, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if n else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=700, help="training steps")
+    parser.add_argument("--out", type=Path, default=OUT, help="where the page goes")
+    arguments = parser.parse_args()
+    begin, console, where = time.perf_counter(), Console(), device()
+    train_text, held_out = text.load()
+    model = new_model(where)
+    parameters = sum(p.numel() for p in model.parameters())
+    if where.note:
+        console.print(f"[yellow]{where.note}; using the CPU[/]")
+    console.print(
+        f"[bold]Strobe {strobe.__version__}[/] on {where.name} ({where.label}): {parameters / 1e6:.2f} million "
+        f"parameters, {len(train_text):,} bytes of text, {len(held_out):,} held out"
+    )
+
+    size = where.tokens // where.context
+    agreement = compare_step(model, next(text.batches(train_text, where.context, size, 1)).to(where.name))
+    console.print(
+        f"one step beside scaled_dot_product_attention: loss {agreement.loss:.6f} / {agreement.loss_sdpa:.6f}, "
+        f"gradients within {agreement.gradient:.1e}"
+    )
+    eps = torch.finfo(where.dtype).eps
+    require(abs(agreement.loss - agreement.loss_sdpa) <= 100 * eps, "the losses of one step differ")
+    require(agreement.gradient <= 100 * eps, "the gradients of one step differ")
+    for title, sizes, mask, _ in report.PICTURES:
+        require(look.agrees(*sizes, mask, where), f"Strobe sees other keys than the picture of the mask: {title}")
+
+    shared = min(SHARED, arguments.steps)
+    twin = train(
+        new_model(where), text.batches(train_text, where.context, size, 2), shared, console, arguments.steps,
+        sdpa_attention, "first steps, SDPA",
+    )  # fmt: skip
+    trained = train(model, text.batches(train_text, where.context, size, 2), arguments.steps, console)
+
+    with console.status("") as status:
+        evaluation = evaluate(model, held_out, where.context, lambda name: status.update(f"bits per byte: {name}"))
+        require(
+            evaluation.full_from <= 2000 * eps, "decoding with force_fa_decode differs from one call with full_from"
+        )
+        status.update("generating")
+        generated = generate(model, PROMPT, 400)
+        require(generated.difference <= 2000 * eps, "the KV cache changes the logits")
+        heads = look.heads(model, held_out[2000 : 2000 + 112].to(where.name))
+        curves = measure.attention_curves(where, lambda name: status.update(f"time and memory: {name}"))
+        status.update("training steps beside SDPA")
+        table = beside_sdpa(model, train_text, where, trained, twin)
+
+    bits = [["mask in every layer", *(f"{c} bytes" for c in evaluation.contexts)]]
+    bits += [[name, *(f"{b:.3f}" for b in row)] for name, row in evaluation.bits.items()]
+    show_table(console, f"Bits per byte of the same {SCORED}-byte ends, by context", bits)
+    console.print(summary(evaluation))
+    show_table(console, "Beside scaled_dot_product_attention", table)
+    console.print(Panel(Text.assemble((PROMPT, "bold"), generated.text), title="generated with a KV cache"))
+    console.print(f"cached logits equal uncached ones within {generated.difference:.1e} at all 400 steps")
+
+    longest, last = max(curves["SDPA, window + kept"])[0], "Strobe, window + kept"
+    at = {name: dict((n, (ms, mib)) for n, ms, mib in points) for name, points in curves.items()}
+    faster = at["SDPA, window + kept"][longest][0] / at[last][longest][0]
+    tiles = [
+        (f"{evaluation.held_out:.2f}", "bits per byte on held-out text"),
+        (f"{trained.bytes_per_second:,.0f}", "bytes per second in training"),
+        (f"{faster:.0f}×", f"as fast as SDPA with the window mask, {longest // 1024}k keys, forward + backward"),
+        (f"{generated.difference:.0e}", "largest difference of cached and uncached logits"),
+    ]
+    versions = (
+        f"Strobe {strobe.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.machine()}; {time.perf_counter() - begin:.0f} s in all."
+    )
+    run = Run(
+        where, versions, parameters, len(train_text), agreement, trained, twin, evaluation, generated, heads, curves,
+        table, tiles,
+    )  # fmt: skip
+    report.write(arguments.out, run)
+    console.print(f"{time.perf_counter() - begin:.0f} s; the page: [bold]{arguments.out}[/]")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,37 @@
+"""What Strobe looks at: with the identity matrix as v, the output of attention is its weights.
+
+head_dim_v is then the sequence length, which Strobe takes as any other.
+"""
+
+import masks
+import torch
+from model import AS_TRAINED, HEADS, LAYERS, Mask, strobe_attention
+
+import strobe
+
+
+def weights(q, k, mask: Mask, slopes=None) -> torch.Tensor:
+    """Attention weights [heads, seqlen_q, seqlen_k] of one sequence, from Strobe itself."""
+    identity = torch.eye(k.shape[1], dtype=k.dtype, device=k.device)[None, :, None]
+    return strobe.flash_attn_func(q, k, identity, alibi_slopes=slopes, **mask.options())[0].transpose(0, 1).cpu()
+
+
+def agrees(seqlen_q: int, seqlen_k: int, mask: Mask, where) -> bool:
+    """Whether Strobe sees exactly the keys that the picture of the mask shows."""
+    q, k = (torch.zeros(1, n, 1, 32, dtype=where.dtype, device=where.name) for n in (seqlen_q, seqlen_k))
+    pictured = [[kind != "empty" for kind in row] for row in masks.kinds(seqlen_q, seqlen_k, **mask.options())]
+    return torch.equal(weights(q, k, mask)[0] > 0, torch.tensor(pictured))
+
+
+@torch.no_grad()
+def heads(model, tokens) -> list[torch.Tensor]:
+    """For each layer the weights [HEADS, n, n] of all heads over one text [n]."""
+    seen = [None] * LAYERS
+
+    def attention(q, k, v, layer, mask, slopes):
+        seen[layer] = weights(q, k, mask, slopes)
+        return strobe_attention(q, k, v, layer, mask, slopes)
+
+    model(tokens[None], attention=attention, layers=AS_TRAINED)
+    assert all(w.shape[0] == HEADS for w in seen)
+    return seen
