@@ -19,14 +19,15 @@ def _gradients(dout, dlse, q, k, v, s_aux, out, lse, side, options):
 class Recorded(torch.autograd.Function):
     """What `_C.attend` applies to q, k, v and s_aux: out, or (out, lse) where it is wanted.
 
-    Its forward is the extension's `record`, which saves (q, k, v, s_aux, out, *side, lse) and ctx.options.
+    Its forward is the extension's `record`, which saves (q, k, v, s_aux, lse, out), the side's tensors if there are any,
+    and ctx.options.
     """
 
     forward = staticmethod(_C.record)
 
     @staticmethod
     def backward(ctx, dout, dlse=None):
-        q, k, v, s_aux, out, *side, lse = ctx.saved_tensors
+        q, k, v, s_aux, lse, out, *side = ctx.saved_tensors
         return _gradients(dout, dlse, q, k, v, s_aux, out, lse, Side(*side), Options(*ctx.options))
 
 

@@ -79,7 +79,9 @@ STROBE_INLINE void dot_block(const E* q, i64 ldq, const T* const* k, i64 offset,
                              Fetcher* ahead) {
   constexpr int kKeys = kLanes / kRows;
   constexpr i64 kWidth = kLanes * kPair<E>;
-  vf acc[kLanes] = {};
+  vf acc[kLanes];
+#pragma GCC unroll 16
+  for (int n = 0; n < kLanes; ++n) acc[n] = vf{};
   const auto step = [&](i64 c, auto load_key) __attribute__((always_inline)) {
     if (ahead) ahead->fetch(kKeys);
     vf row[kRows];

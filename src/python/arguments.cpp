@@ -1,6 +1,7 @@
 #include "python/arguments.h"
 
 #include <cstdlib>
+#include <string>
 
 #include "python/torch_api.h"
 
@@ -59,6 +60,13 @@ bool as_window(PyObject* object, strobe_args& args) {
   return false;
 }
 
+// STROBE_BACKEND as it is at the first call: looking through the environment costs a tenth of a small call's check.
+const char* default_backend() {
+  static const char* const kGiven = std::getenv("STROBE_BACKEND");
+  static const std::string kKept = kGiven ? kGiven : "";
+  return kGiven ? kKept.c_str() : nullptr;
+}
+
 bool as_text(PyObject* object, const char*& out) {
   if (object == Py_None) return true;
   if (!PyUnicode_Check(object)) return false;
@@ -98,7 +106,7 @@ bool read_options(PyObject* const* options, strobe_args& args) {
                      as_int(at(kKeepFirst), args.keep_first) && as_bool(at(kForceFaDecode), args.force_fa_decode) &&
                      as_bool(at(kDeterministic), args.deterministic) && as_text(at(kBackend), backend) &&
                      as_int(at(kSeed), args.seed) && as_int(at(kOffset), args.offset);
-  args.backend = backend ? backend : std::getenv("STROBE_BACKEND");
+  args.backend = backend ? backend : default_backend();
   return usual;
 }
 

@@ -101,11 +101,19 @@ PyObject* record(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     if (!now.call) throw Error(STROBE_INTERNAL, "strobe._C.record: called outside of attend");
     PyObject* ctx = arguments[0];
     Outputs outputs = run_forward(*now.call, true);
-    const Ref options(PyTuple_New(kOptions)), saved(PyTuple_New(kTensors + 1));
+    const Ref options(PyTuple_New(kOptions));
     for (int n = 0; n < kOptions; ++n) PyTuple_SetItem(options.get(), n, Py_NewRef(now.flat[kTensors + n]));
-    const auto save = [&](int n, PyObject* object) { PyTuple_SetItem(saved.get(), n, Py_NewRef(object)); };
-    for (int n = 0; n < kTensors; ++n) save(n, n == kOut ? outputs.out.get() : now.flat[n]);
-    save(kTensors, outputs.lse.get());
+    // Each saved value costs torch time, None too. Most calls have nothing beside q, k, v and s_aux.
+    bool has_side = false;
+    for (int n = kCuSeqlensQ; n < kTensors; ++n) has_side |= now.flat[n] != Py_None;
+    const int count = has_side ? kTensors + 1 : kOut + 2;
+    const Ref saved(PyTuple_New(count));
+    for (int n = 0; n < count; ++n) {
+      PyObject* object = n == kOut       ? outputs.lse.get()
+                         : n == kOut + 1 ? outputs.out.get()
+                                         : now.flat[n < kOut ? n : n - 1];
+      PyTuple_SetItem(saved.get(), n, Py_NewRef(object));
+    }
     if (PyObject_SetAttr(ctx, to_save, saved.get()) || PyObject_SetAttr(ctx, ctx_options, options.get()))
       throw Raised{};
     if (!now.return_lse) return outputs.out.release();

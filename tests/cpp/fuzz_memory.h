@@ -17,6 +17,11 @@
 namespace fuzz {
 
 using i64 = int64_t;
+#if defined(__aarch64__)
+using Half = __fp16;  // g++ 12 has no _Float16 in C++ there
+#else
+using Half = _Float16;
+#endif
 
 // The same numbers on every platform, which the distributions of <random> do not promise (SplitMix64).
 class Random {
@@ -61,7 +66,7 @@ inline double load(int32_t dtype, const char* at) {
     std::memcpy(&value, &wide, 4);
     return value;
   }
-  _Float16 value;
+  Half value;
   std::memcpy(&value, &bits, 2);
   return static_cast<double>(value);
 }
@@ -73,7 +78,7 @@ inline void store(int32_t dtype, char* at, double value) {
   } else if (dtype == STROBE_BFLOAT16) {  // truncated: an input is what its bits say
     std::memcpy(at, reinterpret_cast<const char*>(&narrow) + 2, 2);
   } else {
-    const _Float16 half = static_cast<_Float16>(narrow);
+    const Half half = static_cast<Half>(narrow);
     std::memcpy(at, &half, 2);
   }
 }

@@ -57,7 +57,7 @@ GOOD = [
     ("src/cpu/forward.h", "for (i64 c = begin; c < end; ++c) s[c] = kNegInfinity;"),
     ("src/cpu/forward.h", "const Walk walk = head.mask.visit(row0, used, kBlockN);"),
     ("src/cpu/forward.h", "part.max[r] = kNegInfinity, part.sum[r] = 0.f;"),
-    ("src/cpu/portable/kvcache.cpp", "const bool per_row = p.causal || p.window_left >= 0;"),
+    ("src/cpu/kvcache.cpp", "const bool per_row = p.causal || p.window_left >= 0;"),
     ("src/cpu/backward.h", "tiles += ceil_div(seq.seqlen_q, kQueryTile);"),
     ("python/strobe/x.py", "-math.inf"),
     ("bench/cases.py", "\n" * 500),

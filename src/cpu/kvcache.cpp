@@ -1,11 +1,12 @@
 // The cache half of decoding: new keys and values go into the cache in place, turned by rotary position (RoFormer,
 // arXiv 2104.09864), and q is turned into a temporary.
 #include <cstring>
+#include <vector>
 
 #include "core/seqlen.h"
 #include "cpu/cpu.h"
-#include "cpu/portable/parallel.h"
-#include "cpu/portable/tile.h"
+#include "cpu/element.h"
+#include "cpu/parallel.h"
 
 namespace strobe::cpu {
 namespace {
@@ -24,18 +25,16 @@ struct Rotary {
   void turn(const void* from, i64 position, void* to) {
     const DType t = c.fwd.dtype;
     const i64 half = c.rotary_dim / 2, offset = min(position, c.seqlen_ro - 1) * half * element_size(t);
-    const void* cos_row = static_cast<const char*>(c.rotary_cos) + offset;
-    const void* sin_row = static_cast<const char*>(c.rotary_sin) + offset;
-    load_rows(t, &from, 1, c.fwd.head_dim, in.data(), c.fwd.head_dim);
-    load_rows(t, &cos_row, 1, half, cos.data(), half);
-    load_rows(t, &sin_row, 1, half, sin.data(), half);
+    load_row(t, from, c.fwd.head_dim, in.data());
+    load_row(t, static_cast<const char*>(c.rotary_cos) + offset, half, cos.data());
+    load_row(t, static_cast<const char*>(c.rotary_sin) + offset, half, sin.data());
     out = in;
     for (i64 x = 0; x < half; ++x) {
       const i64 a = c.rotary_interleaved ? 2 * x : x, b = c.rotary_interleaved ? 2 * x + 1 : x + half;
       out[a] = in[a] * cos[x] - in[b] * sin[x];
       out[b] = in[b] * cos[x] + in[a] * sin[x];
     }
-    store_row(t, out.data(), 1.f, c.fwd.head_dim, to);
+    store_row(t, out.data(), c.fwd.head_dim, to);
   }
 };
 
