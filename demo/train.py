@@ -49,15 +49,15 @@ def spark(losses, width=16) -> str:
     return "".join(BARS[round((x - low) / max(high - low, 1e-9) * (len(BARS) - 1))] for x in columns)
 
 
-def rate_at(step: int, steps: int) -> float:
-    """Warm-up, then a cosine down to a tenth."""
+def rate_at(step: int, done: float) -> float:
+    """Warm-up, then a cosine down to a tenth; done: share of the run that lies behind."""
     if step < WARMUP:
         return RATE * (step + 1) / WARMUP
-    return RATE * (0.55 + 0.45 * math.cos(math.pi * (step - WARMUP) / max(steps - WARMUP, 1)))
+    return RATE * (0.55 + 0.45 * math.cos(math.pi * done))
 
 
-def train(model, batches, steps: int, console, schedule_steps=None, attention=strobe_attention, title="training"):
-    """`steps` steps, Muon for the blocks' matrices and AdamW for the rest; rates as in a run of `schedule_steps`."""
+def train(model, batches, steps: int, seconds: float, console, attention=strobe_attention, title="training"):
+    """`steps` steps or `seconds`, whichever is over first. Muon for the blocks' matrices and AdamW for the rest."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     optimizers = (
@@ -75,8 +75,11 @@ def train(model, batches, steps: int, console, schedule_steps=None, attention=st
         task = progress.add_task(title, total=steps, loss="", spark="", rate="")
         begin = time.perf_counter()
         for step in range(steps):
+            share = max(step / steps, (time.perf_counter() - begin) / seconds)
+            if share >= 1:
+                break
             for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = rate_at(step, schedule_steps or steps)
+                optimizer.param_groups[0]["lr"] = rate_at(step, share)
                 optimizer.zero_grad()
             batch = next(batches).to(where)
             loss = loss_of(model, batch, attention=attention)
@@ -89,6 +92,8 @@ def train(model, batches, steps: int, console, schedule_steps=None, attention=st
             progress.update(
                 task, advance=1, loss=f"{losses[-1]:.3f}", spark=spark(losses), rate=f"{rate / 1000:.1f} kB/s"
             )
-            if not console.is_terminal and ((step + 1) % 100 == 0 or step + 1 == steps):
-                console.print(f"  {title}: step {step + 1}/{steps}  loss {losses[-1]:.3f}  {rate:,.0f} bytes/s")
+            if not console.is_terminal and len(losses) % 100 == 0:
+                console.print(f"  {title}: step {len(losses)}/{steps}  loss {losses[-1]:.3f}  {rate:,.0f} bytes/s")
+    if not console.is_terminal:
+        console.print(f"  {title}: {len(losses)} steps  loss {losses[-1]:.3f}  {rate:,.0f} bytes/s")
     return Trained(losses, time.perf_counter() - begin, rate)
