@@ -5,10 +5,11 @@ CMAKE := $(VENV)/bin/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))
 	-DPython_EXECUTABLE=$(abspath $(VENV))/bin/python -DSTROBE_TESTS=ON
 SOURCES := $(shell find include src python scripts/embed_sources.py CMakeLists.txt pyproject.toml -type f ! -name '*.pyc')
 PROBLEMS ?= 1000000
+PYTHON ?= python3
 
-.PHONY: test check-kernels demo bench cpp-test sanitize fuzz wheel-test check format clean
+.PHONY: test test-gpu check-receipt check-kernels demo bench bench-gpu cpp-test sanitize fuzz wheel-test check compat format clean
 
-test: check cpp-test sanitize wheel-test
+test: check check-receipt cpp-test sanitize wheel-test
 
 $(VENV)/.ready: requirements-dev.txt scripts/setup.sh
 	bash scripts/setup.sh $(VENV)
@@ -55,15 +56,31 @@ $(VENV)/.installed: dist/.built
 	$(PY) -m pip install --quiet --no-deps --force-reinstall dist/strobe-*.whl
 	touch $@
 
+# The drop-in distributions: pure Python wheels beside Strobe's own in dist/.
+compat: dist/.built
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist $(addprefix ./,$(wildcard compat/*/))
+
 # Every kernel of the shipped list for every architecture, without a GPU.
 check-kernels: $(VENV)/.installed
 	$(PY) scripts/check_kernels.py
+
+# The whole suite on this machine's GPUs, without a network: PYTHON has torch 2.10 or later. Writes tests/gpu/receipt.json.
+test-gpu:
+	$(PYTHON) tests/gpu/main.py
+
+# Whether that receipt is of these sources, with nothing failed.
+check-receipt:
+	$(PYTHON) scripts/receipt.py check
 
 demo: $(VENV)/.installed
 	$(PY) demo/main.py
 
 bench: $(VENV)/.installed
 	$(PY) -m bench.main
+
+# On this machine's GPU, without a network. BENCH="--quick --suite fwd" gives it options, STROBE_PEERS=DIR more peers.
+bench-gpu:
+	$(PYTHON) bench/gpu_start.py $(BENCH)
 
 clean:
 	rm -rf build dist .venv .venv-*

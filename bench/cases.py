@@ -18,7 +18,14 @@ KINDS = {  # kind: how a case's name starts where a suite holds several kinds
     "memory": "",
     "host": "no grad ",
     "host_grad": "with grad ",
+    "append": "",
+    "new_forward": "new Config, forward ",
+    "new_backward": "new Config, backward ",
+    "again_forward": "second process, forward ",
+    "again_backward": "second process, backward ",
 }
+RATES = {"GFLOP/s": 1.0, "TFLOP/s": 1e-3, "GB/s": 1.0, "TB/s": 1e-3}  # of 1e9 operations or bytes in a second
+TIMES = {"s": 1.0, "ms": 1e3, "us": 1e6}  # of a second
 ONE_KIND = ("fwd", "bwd")
 
 
@@ -99,7 +106,7 @@ def dense_mask(case):
 def amount(task):
     """What a row's rate counts, per call: 1e9 operations on visible pairs, or 1e9 bytes of visible keys and values."""
     case = task.case
-    if task.unit == "GB/s":
+    if task.unit in ("GB/s", "TB/s"):
         assert max(case.seqlens_q) == 1, "with more queries, keys are read once for several pairs"
         row = case.heads_k * case.head_dim + case.heads_v * case.head_dim_v
         return visible_pairs(case) * row * DTYPES[case.dtype].itemsize / 1e9
@@ -111,5 +118,6 @@ def amount(task):
 
 
 def in_unit(task, seconds):
-    scale = {"ms": 1e3, "us": 1e6}.get(task.unit)
-    return seconds * scale if scale else amount(task) / seconds
+    if task.unit in TIMES:
+        return seconds * TIMES[task.unit]
+    return amount(task) * RATES[task.unit] / seconds

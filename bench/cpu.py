@@ -11,9 +11,9 @@ from bench.cases import Case, Task, in_unit, make_inputs
 from bench.marks import Mark, at_least, at_most, geomean_speedup, geomean_time, largest
 from bench.measure import first_calls, measure, measure_host
 from bench.memory import measure_memory
+from bench.page import tables  # noqa: F401  part of what a machine is
 from bench.peers import SYSTEMS, check_agreement
 
-NAME = "cpu"
 DTYPES = ("fp32", "bf16")
 
 
@@ -98,10 +98,14 @@ def marks():
         Mark("decode bf16", chosen("decode", dtype="bf16", **plain), speedup, at_least(8.0)),
         Mark("window forward", chosen("window", kind="forward"), speedup, at_least(6.0)),
         Mark("window backward", chosen("window", kind="backward"), speedup, at_least(6.0)),
-        Mark("extra memory, MB", chosen("memory"), largest, at_most(64.0)),
+        Mark("extra memory, MB", chosen("memory"), largest(), at_most(64.0)),
         Mark("host time without grad, of SDPA's", chosen("host", kind="host"), share, at_most(0.5)),
         Mark("host time with grad, of SDPA's", chosen("host", kind="host_grad"), share, at_most(1.0)),
     ]
+
+
+def name(device):
+    return "cpu"
 
 
 def device():
@@ -127,6 +131,27 @@ def ceiling():
     target = torch.empty_like(source)
     found["copy GB/s"] = 2 * source.nbytes / best(lambda: target.copy_(source)) / 1e9
     return found
+
+
+def versions():
+    return {}
+
+
+def sources():
+    return None
+
+
+def notes():
+    return []
+
+
+def close():
+    pass
+
+
+def choose(names):
+    for name in set(SYSTEMS) - set(names):
+        del SYSTEMS[name]
 
 
 def run(task, budget):

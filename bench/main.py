@@ -1,17 +1,23 @@
 """Runs suites of the benchmark: python -m bench.main [--machine cpu] [--suite fwd,host] [--quick] [--out FILE].
 
 A machine is a module of this package with
-    NAME            of its result files and of its part of docs/performance.md
-    SYSTEMS         {name: what prepares a task}, "strobe" first
+    name(device)    of its result files and of its part of docs/performance.md
+    SYSTEMS         names of what is timed, "strobe" first
     suites(quick)   {suite: tasks}
     marks()         what a full run is held to
     device()        its name
+    versions()      {package: version} besides those of every machine
+    sources()       the digest of what was measured, None if there is none
+    notes()         what to know before reading the figures
     ceiling()       {what: the best that it does, measured now}
-    run(task, s)    {system: figure in the task's unit}, from about s seconds of rounds
+    run(task, s)    {system: figure in the task's unit or why it has none}, from about s seconds of rounds
+    tables(d, v)    the page's part, from the document and the marks' verdicts
+    close()         ends what it started
 """
 
 import argparse
 import importlib
+import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +28,7 @@ from bench.marks import judge
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-MACHINES = ("cpu",)
+MACHINES = ("cpu", "gpu")
 PAGE = ROOT / "docs" / "performance.md"
 
 
@@ -40,8 +46,11 @@ def parse():
     parser = argparse.ArgumentParser(description="Times Strobe beside other attention on this machine.")
     parser.add_argument("--machine", default="cpu", choices=MACHINES)
     parser.add_argument("--suite", help="some of the suites, with commas between them; all if not given")
-    parser.add_argument("--quick", action="store_true", help="smaller problems, under 2 minutes")
+    parser.add_argument("--case", help="only cases whose name contains this")
+    parser.add_argument("--systems", help="some of the systems, with commas between them; all if not given")
+    parser.add_argument("--quick", action="store_true", help="smaller problems and fewer rounds")
     parser.add_argument("--out", type=Path, help="JSON, with a plot beside it; a full run has a place for it")
+    parser.add_argument("--join", type=Path, nargs="+", metavar="JSON", help="measure nothing, join results of runs")
     args = parser.parse_args()
     machine = importlib.import_module(f"bench.{args.machine}")
     suites = machine.suites(args.quick)
@@ -49,10 +58,14 @@ def parse():
     unknown = [name for name in names if name not in suites]
     if unknown:
         parser.error(f"no suite is called {unknown[0]}; there are {', '.join(suites)}")
-    args.full = not args.quick and names == list(suites)
-    if args.out is None and args.full:
-        args.out = RESULTS / f"{machine.NAME}.json"
-    return args, machine, {name: suites[name] for name in names}
+    if args.systems:
+        wanted = args.systems.split(",")
+        if unknown := [name for name in wanted if name not in machine.SYSTEMS]:
+            parser.error(f"no system is called {unknown[0]}; there are {', '.join(machine.SYSTEMS)}")
+        machine.choose(wanted)
+    chosen = {name: [task for task in suites[name] if (args.case or "") in task.name] for name in names}
+    args.full = not (args.quick or args.case or args.systems) and names == list(suites)
+    return args, machine, chosen
 
 
 def load():
@@ -60,10 +73,10 @@ def load():
     return f"load average {os.getloadavg()[0]:.1f}"
 
 
-def main():
-    args, machine, suites = parse()
+def measure(args, machine, suites):
+    """(the document, {task: row})."""
     device, ceiling = machine.device(), machine.ceiling()
-    print(f"{device}; {load()}")
+    print("\n".join([f"{device}; {load()}", *machine.notes()]))
     measured = {}
     for suite, tasks in suites.items():
         print(report.heading(suite, machine.SYSTEMS))
@@ -77,13 +90,43 @@ def main():
     }
     print("\nceiling: " + ", ".join(f"{name} {report.number(value)}" for name, value in ceiling.items()))
     print(load())
+    document = dict(device=device, versions=versions() | machine.versions(), sources=machine.sources())
+    document = {name: value for name, value in document.items() if value is not None}
+    return document | dict(ceiling=ceiling, rows=list(measured.values())), measured
+
+
+def join(paths, machine):
+    """(one document, {task: row}) of runs that measured different suites with the same sources on the same device."""
+    documents = [json.loads(path.read_text()) for path in paths]
+    first = documents[0]
+    for path, document in zip(paths, documents, strict=True):
+        for name in ("device", "versions", "sources"):
+            if document.get(name) != first.get(name):
+                raise SystemExit(f"{path} has other {name}: {document.get(name)}, not {first.get(name)}")
+    rows = {(row["suite"], row["case"]): row for document in documents for row in document["rows"]}
+    ceiling = {name: max(d["ceiling"][name] for d in documents) for name in first["ceiling"]}
+    tasks = sum(machine.suites(quick=False).values(), [])
+    measured = {task: rows[task.suite, task.name] for task in tasks if (task.suite, task.name) in rows}
+    return first | dict(ceiling=ceiling, rows=list(rows.values())), measured
+
+
+def main():
+    args, machine, suites = parse()
+    try:
+        document, measured = join(args.join, machine) if args.join else measure(args, machine, suites)
+    finally:
+        machine.close()
     verdicts = judge(machine.marks(), measured, sum(machine.suites(quick=False).values(), []))
     print(report.verdict_table(verdicts))
+    name = machine.name(document["device"])
+    if args.out is None and args.full:
+        args.out = RESULTS / f"{name}.json"
     if args.out:
-        save(args, machine, report.write_json(args.out, device, versions(), ceiling, list(measured.values())), verdicts)
+        document = report.write_json(args.out, document)
+        save(args, name, machine.tables(document, verdicts))
 
 
-def save(args, machine, document, verdicts):
+def save(args, name, tables):
     print(f"\n{args.out} written")
     try:
         from bench.plot import plot
@@ -92,8 +135,7 @@ def save(args, machine, document, verdicts):
     else:
         print(f"{plot(args.out)} written")
     if args.full:
-        page.update(PAGE, machine.NAME, document, verdicts)
-        print(f"{PAGE} has the tables")
+        print(f"{PAGE} has the tables" if page.update(PAGE, name, tables) else f"{PAGE} has no place for {name}")
 
 
 if __name__ == "__main__":

@@ -62,11 +62,12 @@ def measure(calls, once, budget, most=25, clock=wall_clock, pick=min):
     return {name: pick(values + [once[name]] * (pick is min)) for name, values in seconds.items()}
 
 
-def measure_host(calls, budget, repeats=500):
+def measure_host(calls, budget, repeats=500, clock=wall_clock):
     """{name: seconds} of calls that take microseconds, less what an empty lambda takes."""
     calls = {"": lambda: None, **calls}
-    once = {name: wall_clock(call, repeats) for name, call in calls.items()}
+    once = {name: clock(call, repeats) for name, call in calls.items()}
     rounds = max(20, int(budget / (repeats * sum(once.values()))))
-    best = {name: min(values) for name, values in interleave(calls, rounds, dict.fromkeys(calls, repeats)).items()}
+    seconds = interleave(calls, rounds, dict.fromkeys(calls, repeats), clock)
+    best = {name: min(values) for name, values in seconds.items()}
     empty = best.pop("")
     return {name: value - empty for name, value in best.items()}

@@ -1,7 +1,7 @@
 """Puts a run's tables into docs/performance.md, between its two marker lines, so that the page and the JSON agree."""
 
-from bench.marks import speedup
-from bench.report import number
+from bench.marks import figures_of
+from bench.report import number, ratio
 
 CURVES = {"fwd": "Forward", "bwd": "Backward (the gradient call alone)"}
 
@@ -13,9 +13,8 @@ def table(header, rows):
 
 def figures(row):
     """'strobe / peer / ... (ratio to each)'."""
-    peers = row["peers"]
-    text = " / ".join(number(value) for value in (row["strobe"], *peers.values()))
-    return text + "".join(f" ({speedup(row, name):.2f}x)" for name in peers)
+    text = " / ".join(number(value) for value in figures_of(row).values())
+    return text + "".join(f" ({ratio(row, name)})" for name in row["peers"])
 
 
 def curve_table(rows):
@@ -30,18 +29,24 @@ def curve_table(rows):
     return table(["", *(f"S={n}" for n in lengths)], body)
 
 
-def tables(document, verdicts):
-    rows = document["rows"]
-    peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
+def header(document):
     versions = ", ".join(f"{name} {value}" for name, value in document["versions"].items())
     ceiling = ", ".join(f"{name} {number(value)}" for name, value in document["ceiling"].items())
+    return f"{document['device']}; {versions}. Ceiling in the same run: {ceiling}."
+
+
+def mark_table(title, verdicts):
     marks = [
         [text, limit, "-" if figure is None else number(figure), verdict] for text, limit, figure, verdict in verdicts
     ]
-    parts = [
-        f"{document['device']}; {versions}. Ceiling in the same run: {ceiling}.",
-        table(["mark (times faster than SDPA, geometric mean, unless named)", "limit", "measured", ""], marks),
-    ]
+    return table([title, "limit", "measured", ""], marks)
+
+
+def tables(document, verdicts):
+    rows = document["rows"]
+    peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
+    title = "mark (times faster than SDPA, geometric mean, unless named)"
+    parts = [header(document), mark_table(title, verdicts)]
     for suite, title in CURVES.items():
         chosen = [row for row in rows if row["suite"] == suite]
         if chosen:
@@ -52,8 +57,11 @@ def tables(document, verdicts):
     return "\n\n".join(parts)
 
 
-def update(page, name, document, verdicts):
-    begin, end = f"<!-- {name}: written by make bench -->", f"<!-- {name}: end -->"
-    before, rest = page.read_text().split(begin)
-    _, after = rest.split(end)
-    page.write_text(f"{before}{begin}\n\n{tables(document, verdicts)}\n\n{end}{after}")
+def update(page, name, text):
+    """Replaces what lies between the name's two markers; False if the page has none."""
+    begin, end = f"<!-- {name}: written by the benchmark -->", f"<!-- {name}: end -->"
+    before, found, rest = page.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
+    if found and ended:
+        page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+    return bool(found and ended)

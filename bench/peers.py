@@ -22,7 +22,7 @@ class Prepared:
 
 def prepared(kind, attend, tensors, dout, results):
     """The same for every system: `attend(q, k, v)`, its gradient call alone (the graph is kept), or both."""
-    if kind in ("forward", "decode", "host"):
+    if kind in ("forward", "decode", "append", "host"):
         q, k, v = tensors
         return Prepared(lambda: attend(q, k, v), results)
     q, k, v = leaves = [x.detach().requires_grad_() for x in tensors]

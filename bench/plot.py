@@ -8,23 +8,35 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from bench.marks import speedup
+from bench.marks import figures_of, speedup
 
-COLORS = ["#d1495b", "#30638e", "#edae49", "#00798c", "#7a5195", "#5b5b5b"]
+STROBE = "#d1495b"
+COLORS = ["#30638e", "#edae49", "#00798c", "#7a5195", "#5b5b5b", "#8cb369"]
+FEW = 2  # systems that full and causal curves of one panel can hold
 CURVES = ("fwd", "bwd")  # suites drawn against the sequence length; the others become bars
 
 
+def colors_of(systems):
+    """Strobe's engines share a colour."""
+    peers = [name for name in systems if not name.startswith("strobe")]
+    return {name: COLORS[peers.index(name) % len(COLORS)] if name in peers else STROBE for name in systems}
+
+
 def curve_panel(axes, rows, title, systems, ceiling):
-    for index, name in enumerate(systems):
-        for causal, style in ((False, "-"), (True, "--")):
+    """Full and causal curves where both are among the rows."""
+    colors, masks = colors_of(systems), sorted({row["params"]["causal"] for row in rows})
+    for name in systems:
+        for causal in masks:
             points = sorted(
-                (row["params"]["seqlen_k"], row["strobe"] if name == "strobe" else row["peers"][name])
+                (row["params"]["seqlen_k"], figures_of(row)[name])
                 for row in rows
-                if row["params"]["causal"] == causal and (name == "strobe" or name in row["peers"])
+                if row["params"]["causal"] == causal and name in figures_of(row)
             )
             if points:
-                text = f"{name}, {'causal' if causal else 'full'}"
-                axes.plot(*zip(*points, strict=True), style, marker="o", ms=3, color=COLORS[index], label=text)
+                text = f"{name}, {'causal' if causal else 'full'}" if len(masks) > 1 else name
+                dashed = name.startswith("strobe-") or (causal and len(masks) > 1)
+                style = dict(ls="--" if dashed else "-", lw=2 if name == "strobe" else 1.2, marker="o", ms=3)
+                axes.plot(*zip(*points, strict=True), color=colors[name], label=text, **style)
     if ceiling:
         axes.axhline(ceiling, color="#bbbbbb", lw=1, ls=":", label="matmul")
     axes.set_xscale("log", base=2)
@@ -40,12 +52,12 @@ def curve_panel(axes, rows, title, systems, ceiling):
 def bar_panel(axes, rows, peers):
     """Speedups of all other rows. The bars' logarithmic axis has 1 in the middle of wins and losses."""
     bars = [(row, peer) for row in rows for peer in peers if peer in row["peers"]]
-    labels, values, colors = [], [], []
+    labels, values, colors, known = [], [], [], colors_of(peers)
     for row, peer in bars:
         name = f"{row['suite']}: {row['case']}" if len(peers) == 1 else f"{row['suite']}: {row['case']} / {peer}"
         labels.append(name)
         values.append(speedup(row, peer))
-        colors.append(COLORS[1 + peers.index(peer)] if len(peers) > 1 else COLORS[0])
+        colors.append(known[peer] if len(peers) > 1 else STROBE)
     places = range(len(bars))
     axes.barh(places, [v - 1 for v in values], left=1, color=colors, height=0.7)
     for at, value in zip(places, values, strict=True):
@@ -63,25 +75,46 @@ def bar_panel(axes, rows, peers):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def panels_of(rows):
-    """{(dtype, head_dim, head_dim_v): rows} in the order of the file."""
+def panels_of(rows, by_mask):
+    """{title: rows} in the order of the file."""
     groups = {}
     for row in rows:
-        key = tuple(row["params"][name] for name in ("dtype", "head_dim", "head_dim_v"))
-        groups.setdefault(key, []).append(row)
+        p = row["params"]
+        d, dv = p["head_dim"], p["head_dim_v"]
+        title = f"{row['suite']}, {p['dtype']}, d{d}" + (f"/{dv}" if dv != d else "")
+        if by_mask:
+            title += ", causal" if p["causal"] else ", full"
+        groups.setdefault(title, []).append(row)
     return groups
+
+
+def draw_curves(part, groups, columns, systems, ceilings):
+    for place, (title, group) in enumerate(groups.items()):
+        axes = part.add_subplot(-(-len(groups) // columns), columns, place + 1)
+        unit = group[0]["unit"]
+        curve_panel(axes, group, title, systems, ceilings.get(f"matmul {group[0]['params']['dtype']} {unit}"))
+        if place % columns == 0:
+            axes.set_ylabel(unit)
+    named = {}
+    for axes in part.get_axes():
+        handles, labels = axes.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    part.legend(named.values(), named.keys(), loc="outside lower center", ncols=8, fontsize=8, frameon=False)
 
 
 def plot(path):
     document = json.loads(Path(path).read_text())
     rows = document["rows"]
-    peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
-    others = [row for row in rows if row["suite"] not in CURVES and row["peers"]]
-    curves = {suite: panels_of([row for row in rows if row["suite"] == suite]) for suite in CURVES}
+    systems = list(dict.fromkeys(["strobe", *(name for row in rows for name in figures_of(row))]))
+    peers = [name for name in systems if not name.startswith("strobe")]
+    others = [row for row in rows if row["suite"] not in CURVES and row["peers"] and row["strobe"] is not None]
+    by_mask = len(systems) > FEW
+    curves = {suite: panels_of([row for row in rows if row["suite"] == suite], by_mask) for suite in CURVES}
     curves = {suite: groups for suite, groups in curves.items() if groups}
-    columns = max([len(groups) for groups in curves.values()], default=1)
+    columns = min(6, max([len(groups) for groups in curves.values()], default=1))
     bars = sum(len(row["peers"]) for row in others)
-    heights = [2.9] * len(curves) + ([0.6 + 0.2 * bars] if others else [])
+    heights = [0.4 + 2.5 * -(-len(groups) // columns) for groups in curves.values()]
+    heights += [0.6 + 0.2 * bars] if others else []
     if not heights:
         raise ValueError(f"{path} holds no row with a peer")
 
@@ -91,17 +124,8 @@ def plot(path):
         figure.suptitle(f"Strobe on {document['device']}", fontsize=11)
         # A part of its own for the bars, so that their long names do not narrow the curves.
         parts = iter(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
-        for suite, groups in curves.items():
-            part = next(parts)
-            for column, ((dtype, d, dv), group) in enumerate(groups.items()):
-                axes = part.add_subplot(1, columns, column + 1)
-                dims = f"d{d}" if d == dv else f"d{d}/{dv}"
-                ceiling = document["ceiling"].get(f"matmul {dtype} GFLOP/s")
-                curve_panel(axes, group, f"{suite}, {dtype}, {dims}", ["strobe", *peers], ceiling)
-                if column == 0:
-                    axes.set_ylabel(group[0]["unit"])
-            handles, labels = axes.get_legend_handles_labels()
-            part.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+        for groups in curves.values():
+            draw_curves(next(parts), groups, columns, systems, document["ceiling"])
         if others:
             bar_panel(next(parts).add_subplot(), others, peers)
         target = Path(path).with_suffix(".svg")

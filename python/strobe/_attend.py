@@ -21,12 +21,12 @@ def attend(q, k, v, s_aux, side: Side, options: Options, out=None, return_attn_p
             )
         if not torch.compiler.is_compiling():
             s_aux, side = distributed(options.function, q, k, v, s_aux, side, options.dropout_p)
-        rng_state = torch.randint(0, 2**62, (2,)) if drop else None
+        rng_state = torch.randint(0, 2**62, (2,), device="cpu") if drop else None
         out, lse = forward_operator(q, k, v, s_aux, side, options, rng_state)
         return (out, lse, q.new_empty(0)) if return_attn_probs else out
     refuse_forward_mode(options.function, q, k, v, s_aux)
     if drop:
-        options = options.seeded(torch.randint(0, 2**62, (2,)))
+        options = options.seeded(torch.randint(0, 2**62, (2,), device="cpu"))
     functorch = torch._C._are_functorch_transforms_active()
     grad = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, s_aux))
     if functorch or grad:
@@ -70,7 +70,7 @@ def _s_dmask(q, k, v, out, lse, s_aux, side: Side, options: Options) -> Tensor:
     rows = options.max_seqlen_q if packed else q.shape[1]
     cols = options.max_seqlen_k if packed else capacity
     batch = side.cu_seqlens_q.shape[0] - 1 if packed else q.shape[0]
-    s_dmask = torch.empty(batch, q.shape[-2], -(-rows // 128) * 128, -(-cols // 128) * 128, dtype=q.dtype)
+    s_dmask = torch.empty(batch, q.shape[-2], -(-rows // 128) * 128, -(-cols // 128) * 128, dtype=q.dtype, device="cpu")
     # Only tests ask for this: it is computed where every engine's bits are known.
     tensors = tuple(t.detach().cpu() if isinstance(t, Tensor) else t for t in (q, k, v, s_aux, out, *side, lse))
     _C.probabilities(tensors, options._replace(backend=None), s_dmask)

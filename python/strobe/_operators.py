@@ -46,7 +46,7 @@ def forward_operator(q, k, v, s_aux, side: Side, options: Options, rng_state: Te
 
 
 def backward_operator(dout, dlse, q, k, v, out, lse, s_aux, side: Side, options: Options):
-    rng_state = torch.tensor((options.seed, options.offset)) if options.dropout_p > 0 else None
+    rng_state = torch.tensor((options.seed, options.offset), device="cpu") if options.dropout_p > 0 else None
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv, ds_aux = torch.ops.strobe.bwd(dout, dlse, q, k, v, out, lse, s_aux, *_pack(side, options, rng_state))
     return dq, dk, dv, None if s_aux is None else ds_aux
