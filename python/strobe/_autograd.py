@@ -19,8 +19,8 @@ def _gradients(dout, dlse, q, k, v, s_aux, out, lse, side, options):
 class Recorded(torch.autograd.Function):
     """What `_C.attend` applies to q, k, v and s_aux: out, or (out, lse) where it is wanted.
 
-    Its forward is the extension's `record`, which saves (q, k, v, s_aux, lse, out), then the side's tensors if there are
-    any, and ctx.options.
+    Its forward is the extension's `record`, which saves (q, k, v, s_aux, lse, out), then the tensors of the side if
+    there are any, and ctx.options.
     """
 
     forward = staticmethod(_C.record)
