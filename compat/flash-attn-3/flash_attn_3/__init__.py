@@ -1,0 +1,3 @@
+"""FlashAttention 3, served by Strobe."""
+
+__version__ = "3.0.0"

@@ -1,0 +1,35 @@
+"""The seven functions with flash-attention-SWAA's exact positions, and its semi-private ones."""
+
+from flash_attn import flash_attn_interface as _interface
+from strobe.compat.extension import _varlen_fwd
+from strobe.compat.ops import in_swaa_order as _in_swaa_order
+from strobe.compat.swaa import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
+
+_ops = _in_swaa_order(_interface._ops)
+_flash_attn_forward = _ops._flash_attn_forward
+_flash_attn_varlen_forward = _ops._flash_attn_varlen_forward
+_flash_attn_backward = _ops._flash_attn_backward
+_flash_attn_varlen_backward = _ops._flash_attn_varlen_backward
+
+__all__ = [
+    "_flash_attn_backward",
+    "_flash_attn_forward",
+    "_flash_attn_varlen_backward",
+    "_flash_attn_varlen_forward",
+    "_varlen_fwd",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
