@@ -49,7 +49,7 @@ dist/.built: $(VENV)/.ready scripts/build_wheel.py $(SOURCES)
 	$(PY) scripts/build_wheel.py dist
 	touch $@
 
-wheel-test: dist/.built
+wheel-test: compat
 	bash scripts/test_wheel.sh $(PY)
 
 $(VENV)/.installed: dist/.built
@@ -58,6 +58,7 @@ $(VENV)/.installed: dist/.built
 
 # The drop-in distributions: pure Python wheels beside Strobe's own in dist/.
 compat: dist/.built
+	rm -f dist/fla*.whl dist/flex*.whl
 	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist $(addprefix ./,$(wildcard compat/*/))
 
 # Every kernel of the shipped list for every architecture, without a GPU.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs tests/py on the wheel in dist/, installed into a fresh virtual environment, from a folder in which the sources are
-# out of sight. usage: test_wheel.sh PYTHON [pytest arguments]
+# Runs the Python tests on the wheels in dist/, installed into a fresh virtual environment, from a folder in which the
+# sources are out of sight. usage: test_wheel.sh PYTHON [pytest arguments]
 set -euo pipefail
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 shift
@@ -8,7 +8,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 venv=$root/build/wheel-venv
 rm -rf "$venv"
 "$python" -m venv --without-pip "$venv"
-"$python" -m pip --python "$venv/bin/python" install --quiet --no-deps "$root"/dist/strobe-*.whl
+"$python" -m pip --python "$venv/bin/python" install --quiet --no-deps "$root"/dist/*.whl
 # torch and pytest are those of PYTHON, which come after the environment's own packages on the path.
 packages='import sysconfig; print(sysconfig.get_path("purelib"))'
 "$python" -c "$packages" >"$("$venv/bin/python" -c "$packages")/development.pth"
@@ -18,4 +18,4 @@ import pathlib, sys, strobe
 
 assert pathlib.Path(strobe.__file__).is_relative_to(sys.prefix), f"strobe is imported from {strobe.__file__}"
 PYTHON
-exec "$venv/bin/python" -m pytest -q -p no:cacheprovider "$root/tests/py" "$@"
+exec "$venv/bin/python" -m pytest -q -p no:cacheprovider "$root"/tests/{py,compat,hf,vllm} "$@"

@@ -1,4 +1,5 @@
-"""The command `strobe`: `strobe compile` builds kernels ahead of time, for GPUs that need not be here."""
+"""The command `strobe`: `strobe compile` builds kernels ahead of time, for GPUs that need not be here; `strobe show` says
+what a call would run; `strobe doctor` says what is installed and which function each framework calls."""
 
 import argparse
 import ctypes
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from strobe import doctor
 
 HERE = Path(__file__).parent
 
@@ -62,6 +65,8 @@ def load_library(path: Path | None = None) -> ctypes.CDLL:
     library = ctypes.CDLL(str((path or next(HERE.glob("_C*.so"))).resolve()))
     library.strobe_compile.argtypes = [ctypes.c_char_p, ctypes.c_int32, ctypes.c_char_p, _VISITOR, ctypes.c_void_p]
     library.strobe_compile.restype = ctypes.c_int32
+    library.strobe_explain.argtypes = [ctypes.c_char_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_size_t]
+    library.strobe_explain.restype = ctypes.c_int32
     library.strobe_last_error.restype = ctypes.c_char_p
     return library
 
@@ -85,6 +90,13 @@ def compile_call(library: ctypes.CDLL, call: str, arch: int, folder: Path) -> li
     if status:
         raise RuntimeError(f"{call}: {library.strobe_last_error().decode()}")
     return kernels
+
+
+def explain_call(library: ctypes.CDLL, call: str, arch: int) -> str:
+    text = ctypes.create_string_buffer(1 << 14)
+    if library.strobe_explain(call.encode(), arch, text, len(text)):
+        raise ValueError(library.strobe_last_error().decode())
+    return text.value.decode()
 
 
 def calls_of(listed: list[dict]) -> Iterator[str]:
@@ -138,7 +150,21 @@ def main(arguments: list[str] | None = None) -> int:
     build.add_argument("--list", type=Path, default=HERE / "kernels.json", help="the calls to serve (JSON)")
     build.add_argument("--out", type=Path, required=True, help="the folder; STROBE_CACHE_DIR names it at run time")
     build.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    show = commands.add_parser("show", help="the engine, kernels, grid and splits of a call, and why")
+    show.add_argument("--arch", type=architectures, required=True, help="such as 90a or 80,120")
+    show.add_argument("call", nargs="*", help="such as pass=forward head_dim=192 head_dim_v=128 causal=1")
+    doctor.add_arguments(commands.add_parser("doctor", help="what is installed here, and who calls Strobe"))
     options = parser.parse_args(arguments)
+    if options.command == "doctor":
+        return doctor.run(options)
+    if options.command == "show":
+        for arch in options.arch:
+            try:
+                print(f"sm_{arch}\n{explain_call(load_library(), ' '.join(options.call), arch)}", end="")
+            except ValueError as refused:
+                print(refused, file=sys.stderr)
+                return 1
+        return 0
 
     def report(kernel: Kernel) -> None:
         how = "there already" if kernel.cached else f"{kernel.registers} registers, {kernel.seconds:.1f} s"
