@@ -94,7 +94,7 @@ typedef struct strobe_args {
   int64_t keep_first;
   int32_t force_fa_decode;
   int32_t deterministic;
-  const char* backend; /* null or "auto": the planner picks; "cpu"; "sm80" */
+  const char* backend; /* null or "auto": the planner picks; "cpu"; "sm80", "sm90" */
   const strobe_executor* executor;
   /* Tensors on a GPU: f16 or bf16, all on one device, and there is no executor. The values of index tensors stay
    * unread, and one that leads outside a tensor is clamped; max_seqlen_q and max_seqlen_k bound packed lengths. */
@@ -158,6 +158,10 @@ typedef void (*strobe_kernel_visitor)(void* context, const strobe_kernel* kernel
  * STROBE_CACHE_DIR=<folder> then finds them. `visit` sees each kernel. */
 STROBE_API int32_t strobe_compile(const char* call, int32_t arch, const char* folder, strobe_kernel_visitor visit,
                                   void* context);
+
+/* Writes what such a call would run, as text that ends with 0 and is cut off at `size` bytes: each kernel with its
+ * Config and grid, splits, workspace, and why this engine. */
+STROBE_API int32_t strobe_explain(const char* call, int32_t arch, char* text, size_t size);
 
 /* The text of this thread's last failure, "" if there was none. Valid until the thread's next call. */
 STROBE_API const char* strobe_last_error(void);

@@ -1,5 +1,5 @@
-"""The command `strobe`: `strobe compile` builds kernels ahead of time, for GPUs that need not be here; `strobe show` says
-what a call would run; `strobe doctor` says what is installed and which function each framework calls."""
+"""The command `strobe`: `strobe compile` builds kernels ahead of time, for GPUs that need not be here; `strobe show`
+says what a call would run; `strobe doctor` says what is installed and which function each framework calls."""
 
 import argparse
 import ctypes

@@ -58,7 +58,7 @@ def flash_attn_func(
         window_size: (left, right) in keys, -1 for unbounded; None is (-1, -1).
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is off. Not with dropout.
         alibi_slopes: float32 [num_heads] or [batch, num_heads]; adds ``-slope * |i + off - j|`` (arXiv 2108.12409).
-        deterministic: accepted; results are always the same bits.
+        deterministic: the same gradient bits on every run. Always so on a CPU; on a GPU it costs some speed and memory.
         return_attn_probs: also return the LSE and S_dmask.
         keep_first: keys 0 .. keep_first - 1 have no left window bound (StreamingLLM, arXiv 2309.17453).
         force_fa_decode: no left window bound for a sequence of one query.
@@ -66,7 +66,9 @@ def flash_attn_func(
         s_aux, sinks, learnable_sink: [num_heads] learned sinks in natural-log units, in the softmax denominator only.
         seqused_k: int or int32 [batch]: keys used of each sequence.
         out: where to write the result; not with gradients.
-        backend: None or "auto" lets Strobe pick, "cpu" forces the CPU engine (default: STROBE_BACKEND).
+        backend: None or "auto" lets Strobe pick; "cpu", "sm80" or "sm90" forces an engine of the tensors' device, and
+            raises where it cannot serve the call (default: STROBE_BACKEND as it is at the first call). Gradients on a
+            GPU are computed by "sm80" in any case.
 
     Returns:
         out [batch, seqlen_q, num_heads, head_dim_v], or (out, lse, S_dmask) with lse float32

@@ -14,7 +14,6 @@ struct FwdConfig {
   i32 block_m = 0, block_n = 0;      // query rows and keys of a tile
   i32 warps = 0, stages = 0;
   i32 q_in_registers = 0;
-  i32 overlap = 0;  // multiplies probabilities and V one tile late, during the next tile's exponentials
   i32 paged = 0;
   i32 split = 0;  // writes partial results
   i32 pack = 0;   // query heads that share K and V heads share a tile
@@ -35,7 +34,6 @@ constexpr void fields(const FwdConfig& c, F f) {
   f("warps", c.warps);
   f("stages", c.stages);
   f("q_in_registers", c.q_in_registers);
-  f("overlap", c.overlap);
   f("paged", c.paged);
   f("split", c.split);
   f("pack", c.pack);
@@ -58,7 +56,8 @@ constexpr int threads(const FwdConfig& c) { return c.warps * 32; }
 constexpr i64 query_bytes(const FwdConfig& c) { return i64(c.block_m) * round_up_16(c.head_dim) * 2; }
 constexpr i64 key_bytes(const FwdConfig& c) { return i64(c.block_n) * round_up_16(c.head_dim) * 2; }
 constexpr i64 value_bytes(const FwdConfig& c) { return i64(c.block_n) * round_up_16(value_slice(c)) * 2; }
-constexpr i64 bounds_bytes(const FwdConfig& c) { return i64(c.block_m) * 16; }
+// What each row sees, and each warp's rows together.
+constexpr i64 bounds_bytes(const FwdConfig& c) { return i64(c.block_m + warps_m(c)) * 16; }
 // After the loop the tiles make room for what warps exchange, or for the output on its way out.
 constexpr i64 exchange_bytes(const FwdConfig& c) {
   const i64 merged = i64(warps_n(c) - 1) * c.block_m * (round_up_16(value_slice(c)) + 2 * 4) * 4;
@@ -67,7 +66,7 @@ constexpr i64 exchange_bytes(const FwdConfig& c) {
 constexpr i64 tile_bytes(const FwdConfig& c) {
   return max(query_bytes(c) + c.stages * (key_bytes(c) + value_bytes(c)), exchange_bytes(c));
 }
-constexpr i64 kSequenceBytes = 128;  // room for a SeqInfo
+constexpr i64 kSequenceBytes = 192;  // room for a SeqInfo, the order of its tiles and the block's work
 constexpr i64 smem_bytes(const FwdConfig& c) { return tile_bytes(c) + bounds_bytes(c) + kSequenceBytes; }
 
 constexpr bool valid(const FwdConfig& c) {

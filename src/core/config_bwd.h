@@ -14,8 +14,8 @@ struct BwdConfig {
   i32 head_dim = 128, head_dim_v = 128;
   i32 block_m = 64, block_n = 128;
   i32 warps = 8, warps_n = 4, warps_dq = 2;
-  i32 stages_q = 2, stages_do = 2, stages_p = 1;  // tiles of Q, of dO, and of P^T and dS^T in shared memory
-  i32 blocks = 1;                                 // that share a multiprocessor
+  i32 stages_q = 2, stages_do = 2;  // tiles of Q and of dO in shared memory
+  i32 blocks = 1;                   // that share a multiprocessor
   i32 softcap = 0, alibi = 0, dropout = 0;
   i32 deterministic = 0;
 
@@ -34,7 +34,6 @@ constexpr void fields(const BwdConfig& c, F f) {
   f("warps_dq", c.warps_dq);
   f("stages_q", c.stages_q);
   f("stages_do", c.stages_do);
-  f("stages_p", c.stages_p);
   f("blocks", c.blocks);
   f("softcap", c.softcap);
   f("alibi", c.alibi);
@@ -61,7 +60,7 @@ STROBE_HD constexpr int bwd_padded_bytes(int rows, int cols) { return rows * (co
 constexpr int kBwdStateBytes = 256;
 
 struct BwdSmem {
-  i32 k, v, q, dout, p, ds, stats, seen, state, ready, bytes;  // offsets, of the first stage
+  i32 k, v, q, dout, p, ds, stats, seen, state, bytes;  // offsets, of the first stage
 };
 
 STROBE_HD constexpr BwdSmem bwd_smem(const BwdConfig& c) {
@@ -73,12 +72,11 @@ STROBE_HD constexpr BwdSmem bwd_smem(const BwdConfig& c) {
   s.q = s.v + bwd_padded_bytes(c.block_n, dv);
   s.dout = s.q + c.stages_q * bwd_padded_bytes(c.block_m, d);
   s.p = s.dout + c.stages_do * bwd_padded_bytes(c.block_m, dv);
-  s.ds = s.p + (bwd_shares_p(c) ? c.stages_p * tile : 0);
-  s.stats = s.ds + c.stages_p * tile;
+  s.ds = s.p + (bwd_shares_p(c) ? tile : 0);
+  s.stats = s.ds + tile;
   s.seen = s.stats + c.stages_q * 2 * c.block_m * 4;
   s.state = s.seen + c.block_n * 16;
-  s.ready = s.state + kBwdStateBytes;
-  s.bytes = s.ready + 16;
+  s.bytes = s.state + kBwdStateBytes;
   return s;
 }
 
@@ -86,12 +84,10 @@ STROBE_HD constexpr i64 smem_bytes(const BwdConfig& c) { return bwd_smem(c).byte
 
 STROBE_HD constexpr bool valid(const BwdConfig& c) {
   const auto stages = [](int n) { return n == 1 || n == 2; };
-  // With two tiles of P^T and dS^T a tile takes one barrier, which needs the next queries to have a place of their own.
-  const bool pipeline = stages(c.stages_q) && stages(c.stages_do) &&
-                        (c.stages_p == 1 || (c.stages_p == 2 && c.stages_q == 2 && c.stages_do == 2));
   const bool type = c.dtype == i32(DType::f16) || c.dtype == i32(DType::bf16);
-  return type && pipeline && c.head_dim > 0 && c.head_dim % 8 == 0 && c.head_dim_v > 0 && c.head_dim_v % 8 == 0 &&
-         c.warps > 0 && c.warps % c.warps_n == 0 && c.warps % c.warps_dq == 0 && c.block_n % (c.warps_n * 16) == 0 &&
+  return type && stages(c.stages_q) && stages(c.stages_do) && c.head_dim > 0 && c.head_dim % 8 == 0 &&
+         c.head_dim_v > 0 && c.head_dim_v % 8 == 0 && c.warps > 0 && c.warps % c.warps_n == 0 &&
+         c.warps % c.warps_dq == 0 && c.block_n % (c.warps_n * 16) == 0 &&
          c.block_m % (c.warps / c.warps_n * 16) == 0 && c.block_m % (c.warps_dq * 16) == 0;
 }
 

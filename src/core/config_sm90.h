@@ -1,7 +1,7 @@
 // Configs of the Hopper forward kernel.
 #pragma once
 
-#include "config.h"
+#include "core/config.h"
 
 namespace strobe {
 
@@ -11,7 +11,10 @@ struct FwdSm90Config {
   i32 block_m = 0, block_n = 0;      // query rows, 64 a consumer warpgroup, and keys of a tile
   i32 stages = 0;
   i32 pingpong = 0;  // consumers take turns with the tensor cores
-  i32 packed = 0;    // sequences of their own lengths: tiles are found by a scan over them
+  i32 packed = 0;    // sequences of their own lengths: a tile's sequence is found by a scan over them
+  i32 paged = 0;     // rows of a box of K or V, which divide a page; 0: not paged
+  i32 split = 0;     // writes partial results
+  i32 pack = 0;      // query heads that share K and V heads share a tile
   i32 softcap = 0;
 
   constexpr bool operator==(const FwdSm90Config&) const = default;
@@ -27,6 +30,9 @@ constexpr void fields(const FwdSm90Config& c, F f) {
   f("stages", c.stages);
   f("pingpong", c.pingpong);
   f("packed", c.packed);
+  f("paged", c.paged);
+  f("split", c.split);
+  f("pack", c.pack);
   f("softcap", c.softcap);
 }
 
@@ -38,22 +44,26 @@ constexpr int panels(int dim) { return (dim + 63) / 64; }
 constexpr i64 query_bytes(const FwdSm90Config& c) { return i64(c.block_m) * panels(c.head_dim) * 128; }
 constexpr i64 key_bytes(const FwdSm90Config& c) { return i64(c.block_n) * panels(c.head_dim) * 128; }
 constexpr i64 value_bytes(const FwdSm90Config& c) { return i64(c.block_n) * panels(c.head_dim_v) * 128; }
-// Row bounds, barriers and the tile that the producer hands over.
+constexpr i64 tile_bytes(const FwdSm90Config& c) { return query_bytes(c) + c.stages * (key_bytes(c) + value_bytes(c)); }
+// What the producer hands over: the bounds of a work item's rows, and the items themselves in a ring.
 constexpr i64 bounds_bytes(const FwdSm90Config& c) { return i64(c.block_m) * 16; }
+constexpr int kWorkSlots = 4;
+constexpr i64 kWorkBytes = 144;
 constexpr i64 barrier_bytes(const FwdSm90Config& c) { return (2 + 4 * c.stages) * 8; }
-constexpr i64 kTileBytes = 64;
 constexpr i64 smem_bytes(const FwdSm90Config& c) {
-  return query_bytes(c) + c.stages * (key_bytes(c) + value_bytes(c)) + bounds_bytes(c) + barrier_bytes(c) + kTileBytes;
+  return tile_bytes(c) + bounds_bytes(c) + kWorkSlots * kWorkBytes + barrier_bytes(c);
 }
 
-// Registers of a thread, which setmaxnreg deals out: the pool is 64 K.
+// Registers of a thread, which setmaxnreg deals out: the pool is 64 K. A single consumer needs no dealing.
 constexpr int producer_registers(const FwdSm90Config& c) { return consumers(c) == 3 ? 32 : 40; }
 constexpr int consumer_registers(const FwdSm90Config& c) { return consumers(c) == 3 ? 160 : 232; }
 
 constexpr bool valid(const FwdSm90Config& c) {
   return (c.dtype == i32(DType::f16) || c.dtype == i32(DType::bf16)) && c.head_dim % 8 == 0 && c.head_dim_v % 8 == 0 &&
          c.head_dim > 0 && c.head_dim <= 256 && c.head_dim_v > 0 && c.head_dim_v <= 256 &&
-         (c.block_m == 128 || c.block_m == 192) && c.block_n % 16 == 0 && c.block_n <= 256 && c.stages >= 2;
+         (c.block_m == 64 || c.block_m == 128 || c.block_m == 192) && c.block_n % 16 == 0 && c.block_n > 0 &&
+         c.block_n <= 256 && c.stages >= 2 && !(c.pingpong && c.block_m == 64) &&
+         (c.paged == 0 || (c.paged % 8 == 0 && c.block_n % c.paged == 0 && c.block_n / c.paged <= 32));
 }
 
 }  // namespace strobe

@@ -30,6 +30,7 @@ struct FwdLaunch {
   AttnParams p;
   float* partial_out;    // [num_splits, num_heads, total_q, head_dim_v], null without split
   float* partial_state;  // [num_splits, num_heads, total_q, 2]: maximum and sum
+  float log2_scale;      // scale * log2(e)
   FastDivisor page;      // page_size
   FastDivisor group;     // query heads that share a tile
   // blockIdx.x counts row blocks first, then slices of V, splits, groups of heads and sequences.
@@ -42,6 +43,11 @@ struct CombineLaunch {
   const float* partial_out;
   const float* partial_state;
   i32 num_splits;
+  FastDivisor rows, heads;  // blockIdx.x counts rows of q first, then heads and sequences
+
+  STROBE_HD static CombineLaunch of(const AttnParams& p, const float* out, const float* state, i32 num_splits) {
+    return {p, out, state, num_splits, FastDivisor::of(u32(p.seqlen_q)), FastDivisor::of(u32(p.num_heads))};
+  }
 };
 
 struct AppendLaunch {

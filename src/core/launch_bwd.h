@@ -12,19 +12,32 @@ STROBE_HD i64 bwd_first_k_tile(const AttnParams& p, const SeqInfo& s, i64 max_k_
   return p.cu_seqlens_k ? (s.k_begin - s.leftpad) / block_n + s.batch : s.batch * max_k_tiles;
 }
 
+// Blocks of keys add to a tile of dQ in increasing order, each warp to its own part: warp w's word of the tile holds
+// the block that is next. Behind the words, where the order jumps from kept tokens to the window: the block before and
+// the block after.
+struct BwdTurns {
+  u32 jump_from, jump_to;
+
+  STROBE_HD static BwdTurns of(const Walk& walk) { return {u32(walk.run[0].end - 1), u32(walk.run[1].begin)}; }
+  STROBE_HD u32 after(u32 block) const { return block == jump_from ? jump_to : block + 1; }
+};
+
 struct BwdLaunch {
   BackwardParams p;
   float* stats;          // [num_heads, q_tiles, 2, block_m]: -LSE in units of log2, delta
   float* dq_acc;         // [num_heads, q_tiles, block_m * dq_cols], in the order of fragments
-  u32* turns;            // [num_heads, q_tiles, warps]: key blocks that added to dq_acc; null where any order will do
+  u32* turns;            // [num_heads, q_tiles, warps + 2]: whose turn it is (BwdTurns); null where any order will do
   float* dk_parts;       // [num_heads / heads_per_block, k_tiles, block_n, head_dim]; null: the main kernel writes dk
   float* dv_parts;       // likewise with head_dim_v
   float* sinks;          // [num_heads, batch, max_q_tiles]; null without ds_aux
   i64 q_tiles, k_tiles;  // of all sequences, per head
   i64 max_q_tiles, max_k_tiles;  // of one sequence
   i64 dq_tile;                   // block_m * dq_cols
-  i64 turns_per_tile;            // warps of the main kernel
+  i64 turns_per_tile;            // warps of the main kernel + 2
   i64 heads_per_block;           // query heads that one block of the main kernel takes, one after another
+  i64 block_n;                   // keys of a block of the main kernel
+  i32 per_k, per_v;              // query heads that share a head of k, of v
+  i32 first_blocks;              // blocks of keys, of each head, that are started before all others
 
   // The sequence's first tile in stats and dq_acc; tiles of packed sequences do not overlap.
   STROBE_HD i64 first_q_tile(const SeqInfo& s, i64 block_m) const {

@@ -1,7 +1,7 @@
 // Parameter block of the Hopper forward kernel.
 #pragma once
 
-#include "launch.h"
+#include "core/launch.h"
 
 namespace strobe {
 
@@ -11,19 +11,21 @@ struct alignas(64) TensorMap {
 };
 
 struct FwdSm90Launch {
-  // Of q, k and v: (columns, rows, panels of 64 columns, heads, batch).
+  // Of q: (columns, heads, rows, batch); of k and v: (columns, rows, heads, batch or pages).
   TensorMap q, k, v;
   AttnParams p;
-  u32* counter;          // next tile, 0 before the launch; null: each block takes every gridDim.x-th tile
-  FastDivisor m_blocks;  // fixed lengths: row blocks of a sequence; packed: unused
-  FastDivisor heads;     // num_heads
-  FastDivisor heads_per_k, heads_per_v;
-  // Fixed lengths: the longest row blocks of `section` heads come first, so that the last tiles are short and K and V
-  // of a section stay in L2. 0: row block by row block.
-  FastDivisor section;
-  i32 tiles;         // fixed lengths: all of them
-  i32 last_section;  // heads in the last section
-  i32 k_rows;        // rows that the tensor of keys has for a sequence (packed: in all)
+  float* partial_out;    // as in FwdLaunch
+  float* partial_state;  // as in FwdLaunch
+  u32* counter;          // the next tile, 0 before the launch; null: each block takes every gridDim.x-th tile
+  FastDivisor page;      // page_size
+  FastDivisor group;     // query heads that share a tile
+  FastDivisor heads_per_k, heads_per_v;  // num_heads / num_heads_k, num_heads / num_heads_v
+  // Fixed lengths: tiles count splits first. Then the last row blocks of `section` groups of heads come before any
+  // others: the longest tiles first, and K and V of a section stay in L2.
+  i32 splits, m_blocks, section;
+  i32 groups;  // groups of heads in a sequence
+  i32 tiles;   // all of them; packed: unused
+  i32 rows_k;  // rows of k and v that a box can reach in a sequence's batch entry
 };
 
 }  // namespace strobe

@@ -14,6 +14,9 @@ struct Rows {
   i64 head_stride = 0;
 };
 
+// Which kernels compute a call on a GPU: the planner's choice, or the caller's.
+enum class Engine : i32 { any, sm80, sm90 };
+
 struct AttnParams {
   Rows q;                // [batch, seqlen_q, num_heads, head_dim]
   Rows k;                // [batch, seqlen_k, num_heads_k, head_dim]
@@ -23,6 +26,7 @@ struct AttnParams {
   i64 lse_batch_stride = 0, lse_head_stride = 0;
 
   DType dtype = DType::f32;
+  Engine engine = Engine::any;
   i64 batch = 0;
   i64 num_heads = 0, num_heads_k = 0, num_heads_v = 0;
   i64 head_dim = 0, head_dim_v = 0;

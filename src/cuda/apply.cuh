@@ -29,11 +29,15 @@ __device__ __forceinline__ void apply_mask(Fragment<kM, kN>& s, i32 first, KeysO
 #pragma unroll
   for (int r = 0; r < F::kRows; ++r) {
     const RowKeys keys = keys_of(r);
-    const i32 kept = keys.kept_end - origin, begin = keys.begin - origin, end = keys.end - origin;
+    // A lane's columns of 32, as bits.
 #pragma unroll
-    for (int c = 0; c < F::kCols; ++c) {
-      const i32 col = c / 2 * 8 + c % 2;  // F::col(c) - F::col(0), known when compiled
-      if (!((col >= begin && col < end) || col < kept)) s.at(r, c) = kNegInfinity;
+    for (int group = 0; group < F::kCols; group += 8) {
+      const i32 at = origin + group * 4;
+      const u32 seen =
+          (ptx::low_bits(keys.end - at) & ~ptx::low_bits(keys.begin - at)) | ptx::low_bits(keys.kept_end - at);
+#pragma unroll
+      for (int c = group; c < min(group + 8, F::kCols); ++c)
+        if ((seen >> (c % 8 / 2 * 8 + c % 2) & 1) == 0) s.at(r, c) = kNegInfinity;
     }
   }
 }

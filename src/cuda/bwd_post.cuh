@@ -35,8 +35,8 @@ __global__ __launch_bounds__(threads(C)) void bwd_post(const __grid_constant__ B
   if (row0 >= seq.rows_q) return;
   const int warp = warp_id(), lane = lane_id();
   const int row = warp / kAcross * kRows, block = warp % kAcross * kBlocks;
-  const float* acc =
-      l.dq_acc + (head * l.q_tiles + l.first_q_tile(seq, kM) + tile) * l.dq_tile + warp * (kRows * kBlocks * 16);
+  const float* acc = l.dq_acc + (head * l.q_tiles + l.first_q_tile(seq, kM) + tile) * l.dq_tile +
+                     warp * (kRows * kBlocks * 16) + dq_lane();
   const u32 base = ptx::shared_address(smem);
 #pragma unroll
   for (int m = 0; m < kRows / 16; ++m)

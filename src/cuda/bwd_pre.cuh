@@ -20,9 +20,10 @@ __device__ __forceinline__ float dot_8(const uint4& a, const uint4& b, float sum
   return sum;
 }
 
-// A block per (tile of queries, head, sequence); kLanes neighbours share a row.
+// A block per (tile of queries, head, sequence); kLanes neighbours share a row. Four blocks a multiprocessor: left
+// alone, the compiler takes so few registers that it spills.
 template <BwdPreConfig C>
-__global__ __launch_bounds__(threads(C)) void bwd_pre(const __grid_constant__ BwdLaunch l) {
+__global__ __launch_bounds__(threads(C), 4) void bwd_pre(const __grid_constant__ BwdLaunch l) {
   static_assert(valid(C));
   constexpr DType kType = DType(C.dtype);
   constexpr int kThreads = threads(C), kLanes = 8, kDown = kThreads / kLanes, kM = C.block_m;
@@ -38,7 +39,13 @@ __global__ __launch_bounds__(threads(C)) void bwd_pre(const __grid_constant__ Bw
     const i64 at = head * l.q_tiles + l.first_q_tile(seq, kM) + tile;
     float4* acc = reinterpret_cast<float4*>(l.dq_acc + at * l.dq_tile);
     for (i64 i = threadIdx.x; i < l.dq_tile / 4; i += kThreads) acc[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (l.turns && threadIdx.x < l.turns_per_tile) l.turns[at * l.turns_per_tile + threadIdx.x] = 0;
+    if (l.turns && threadIdx.x < l.turns_per_tile) {
+      const Walk walk = mask_of(p, seq).visit(row0, row0 + kM, l.block_n);
+      const BwdTurns turns = BwdTurns::of(walk);
+      const i64 left = l.turns_per_tile - threadIdx.x;
+      const u32 first = u32(walk.run[0].end > walk.run[0].begin ? walk.run[0].begin : walk.run[1].begin);
+      l.turns[at * l.turns_per_tile + threadIdx.x] = left == 2 ? turns.jump_from : left == 1 ? turns.jump_to : first;
+    }
 
     const u16 *out = static_cast<const u16*>(p.out.data), *dout = static_cast<const u16*>(l.p.dout.data);
     float* stats = l.stats + at * 2 * kM;

@@ -108,24 +108,27 @@ struct BwdScores {
   __device__ __forceinline__ Kept<kM, kN> draw() const {
     const int lane = lane_id(), g = lane / 4, t = lane % 4;
     const Dropout dropout = {p.seed, p.offset, keep_threshold(p.dropout_p)};
+    constexpr int kDown = kM / 16, kDraws = kDown * (kN / 16), kBits = 8;  // of a draw
     Kept<kM, kN> kept;
 #pragma unroll
-    for (int n = 0; n < kN / 16; ++n)
-#pragma unroll
-      for (int m = 0; m < kM / 16; ++m) {
+    for (int word = 0; word * 32 < kDraws * kBits; ++word)
+#pragma unroll 1  // draws at the same time would take registers
+      for (int d = 0; d < min(32 / kBits, kDraws - word * (32 / kBits)); ++d) {
+        const int n = (word * (32 / kBits) + d) / kDown, m = (word * (32 / kBits) + d) % kDown;
         const Philox4 own = dropout.lane((i0 + n * 16) / 16, (j0 + m * 16) / 16, seq.batch * p.num_heads + head,
                                          (2 * t + g % 2) * 4 + g / 2);
+        u32 bits = 0;
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
           const u32 other = __shfl_xor_sync(0xffffffffu, own.word[w], 4);
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const u32 word = g % 2 == e ? own.word[w] : other;
-            const u32 keep = (g % 2 ? word >> 16 : word & 0xFFFFu) < dropout.threshold;
-            const int i = kept.at(n, m, w / 2, w % 2, e);
-            kept.bits[i / 32] |= keep << (i % 32);
+            const u32 pair = g % 2 == e ? own.word[w] : other;
+            const u32 keep = (g % 2 ? pair >> 16 : pair & 0xFFFFu) < dropout.threshold;
+            bits |= keep << kept.at(0, 0, w / 2, w % 2, e);
           }
         }
+        kept.bits[word] |= bits << (d * kBits);
       }
     return kept;
   }

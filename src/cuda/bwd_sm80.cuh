@@ -4,13 +4,13 @@
 //
 // A block takes the keys of one K/V head pair and, one after another, the query heads that read both; tiles of queries
 // come backwards. Scores are computed transposed (rows are keys), so that P^T and dS^T are what dV and dK multiply from
-// the left: a warp's own queries from registers, those of its neighbours through shared memory.
+// the left: a warp's own queries from registers, those of its neighbours through shared memory. Loads and additions to
+// memory are strewn among the products, whose operands would wait behind them in the same queue.
 #pragma once
 
 #include "core/launch_bwd.h"
 #include "core/philox.h"
 #include "cuda/bwd_scores.cuh"
-#include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/tile/bwd_tile.cuh"
 
@@ -22,7 +22,7 @@ struct BwdMain {
   static constexpr DType kType = DType(C.dtype);
   static constexpr int kThreads = threads(C), kM = C.block_m, kN = C.block_n;
   static constexpr int kD = bwd_round16(C.head_dim), kDv = bwd_round16(C.head_dim_v);
-  static constexpr bool kSharesP = bwd_shares_p(C), kOneBarrier = C.stages_p == 2;
+  static constexpr bool kSharesP = bwd_shares_p(C);
   static constexpr BwdSmem kSmem = bwd_smem(C);
 
   // A warp's part of each product: rows, columns or 16-column blocks, whether the last warp has fewer.
@@ -32,6 +32,8 @@ struct BwdMain {
   static constexpr bool kRaggedK = kD / 16 % kAcross != 0, kRaggedV = kDv / 16 % kAcross != 0;
   static constexpr int kRowsQ = kM / C.warps_dq, kBlocksQ = ceil_div(kD / 16, kAcrossQ);
   static constexpr bool kRaggedQ = kD / 16 % kAcrossQ != 0;
+  // Whether dQ comes before dV is complete: more products to strew its additions among, but more registers.
+  static constexpr bool kEarlyDQ = kAcross <= 2 || kRowsQ * kBlocksQ <= 64;
 
   using KTile = PaddedTile<kN, kD>;
   using VTile = PaddedTile<kN, kDv>;
@@ -45,9 +47,25 @@ struct BwdMain {
   using LoadQ = RowLoader<QTile, kThreads>;
   using LoadDO = RowLoader<DOTile, kThreads>;
 
-  // A tile of queries: its number, head and run of the walk, and its place in stats and dq_acc.
+  // A thread block's block of keys, its first head (in units of heads_per_block) and its sequence.
+  struct Place {
+    u32 n_block, heads, batch;
+
+    __device__ __forceinline__ static Place of(const BwdLaunch& l) {
+      if (l.first_blocks == 0) return {blockIdx.x, blockIdx.y, blockIdx.z};
+      const u32 others = gridDim.x - u32(l.first_blocks), firsts = u32(l.first_blocks) * gridDim.y * gridDim.z;
+      u32 i = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+      const bool first = i < firsts;
+      if (!first) i -= firsts;
+      const u32 blocks = first ? u32(l.first_blocks) : others, rest = i / blocks;
+      return {i % blocks + (first ? 0 : u32(l.first_blocks)), rest % gridDim.y, rest / gridDim.y};
+    }
+  };
+
+  // A tile of queries: its number, its place in stats and dq_acc. The rest follows from these: registers are what
+  // this kernel has least of.
   struct Tile {
-    i32 m, head, run, at;
+    i32 m, at;
   };
 
   // In shared memory. The walk is that of the block's keys.
@@ -55,6 +73,7 @@ struct BwdMain {
     SeqInfo seq;
     Mask mask;
     i64 first_q_tile;
+    i32 n_block, head0;  // the block of keys, the first query head
     i32 seqlen_q;
     i32 begin[2], count[2], full_begin[2], full_end[2];
   };
@@ -63,9 +82,8 @@ struct BwdMain {
   const BwdLaunch& l;
   const BackwardParams& b;
   const AttnParams& p;
-  const State& state;
+  State& state;
   const SeqInfo& seq;
-  const i32 n_block, head0;
   const u32 smem;
   const int warp = warp_id(), lane = lane_id();
 
@@ -73,18 +91,19 @@ struct BwdMain {
       : l(launch),
         b(launch.p),
         p(launch.p.fwd),
-        state(*reinterpret_cast<const State*>(shared + kSmem.state)),
+        state(*reinterpret_cast<State*>(shared + kSmem.state)),
         seq(state.seq),
-        n_block(i32(blockIdx.x)),
-        head0(i32(blockIdx.y * launch.heads_per_block)),
         smem(ptx::shared_address(shared)) {
     if (threadIdx.x == 0) {
-      State& s = *reinterpret_cast<State*>(shared + kSmem.state);
-      s.seq = SeqInfo::of(p, blockIdx.z);
+      State& s = state;
+      const Place place = Place::of(l);
+      s.n_block = i32(place.n_block);
+      s.head0 = i32(place.heads * l.heads_per_block);
+      s.seq = SeqInfo::of(p, place.batch);
       s.mask = mask_of(p, s.seq);
       s.seqlen_q = i32(s.seq.seqlen_q);
       s.first_q_tile = l.first_q_tile(s.seq, kM);
-      const Walk walk = s.mask.visit_queries(i64(n_block) * kN, i64(n_block) * kN + kN, kM);
+      const Walk walk = s.mask.visit_queries(i64(s.n_block) * kN, i64(s.n_block) * kN + kN, kM);
       for (int r = 0; r < 2; ++r) {
         s.begin[r] = i32(walk.run[r].begin);
         s.count[r] = i32(walk.run[r].end - walk.run[r].begin);
@@ -92,66 +111,87 @@ struct BwdMain {
         s.full_end[r] = i32(walk.run[r].full_end);
       }
     }
-    if (kOneBarrier && threadIdx.x < 2) ptx::mbarrier_init(smem + kSmem.ready + threadIdx.x * 8, kThreads);
-    __syncthreads();  // the state is written, and so are the barriers
+    __syncthreads();  // the state is written
+  }
+
+  __device__ __forceinline__ i32 run_of(const Tile& tile) const {
+    return state.count[1] > 0 && tile.m >= state.begin[1];
+  }
+  // Whether the tile holds a masked pair.
+  __device__ __forceinline__ bool is_masked(const Tile& tile) const {
+    const i32 run = run_of(tile);
+    return tile.m < state.full_begin[run] || tile.m >= state.full_end[run];
+  }
+  // Among those of the block.
+  __device__ __forceinline__ i32 head_of(const Tile& tile) const {
+    return (tile.at - tile.m - i32(state.first_q_tile)) / i32(l.q_tiles) - state.head0;
   }
 
   // What comes next from memory: tiles backwards, for each head. Pointers are this thread's.
   struct Prefetch {
     Tile tile;
-    i32 begin;  // of the run
+    i32 rows;  // queries from the tile's first on
     const u16 *q, *dout;
   };
 
   __device__ __forceinline__ void seek(Prefetch& f, i32 head, i32 run) const {
-    f.begin = state.begin[run];
-    f.tile = {f.begin + state.count[run] - 1, head, run, 0};
-    f.tile.at = i32((head0 + head) * l.q_tiles + state.first_q_tile) + f.tile.m;
+    f.tile.m = state.begin[run] + state.count[run] - 1;
+    f.tile.at = i32((state.head0 + head) * l.q_tiles + state.first_q_tile) + f.tile.m;
     const i64 row = i64(f.tile.m) * kM;
-    f.q = static_cast<const u16*>(p.q.data) + seq.q_index(p.q, row + LoadQ::row(), head0 + head) + LoadQ::chunk() * 8;
-    f.dout = static_cast<const u16*>(b.dout.data) + seq.q_index(b.dout, row + LoadDO::row(), head0 + head) +
+    f.q = static_cast<const u16*>(p.q.data) + seq.q_index(p.q, row + LoadQ::row(), state.head0 + head) +
+          LoadQ::chunk() * 8;
+    f.dout = static_cast<const u16*>(b.dout.data) + seq.q_index(b.dout, row + LoadDO::row(), state.head0 + head) +
              LoadDO::chunk() * 8;
+    f.rows = state.seqlen_q - f.tile.m * kM;
   }
   __device__ __forceinline__ void advance(Prefetch& f) const {
-    if (--f.tile.m >= f.begin) {
+    const i32 run = run_of(f.tile);
+    if (f.tile.m > state.begin[run]) {
+      --f.tile.m;
       --f.tile.at;
       f.q -= kM * p.q.row_stride;
       f.dout -= kM * b.dout.row_stride;
-    } else if (f.tile.run == 1 && state.count[0] > 0) {
-      seek(f, f.tile.head, 0);
+      f.rows = state.seqlen_q - f.tile.m * kM;
+    } else if (run == 1 && state.count[0] > 0) {
+      seek(f, head_of(f.tile), 0);
     } else {
-      seek(f, f.tile.head + 1, state.count[1] > 0);
+      seek(f, head_of(f.tile) + 1, state.count[1] > 0);
     }
   }
 
   __device__ __forceinline__ void load_keys() const {
     using LoadK = RowLoader<KTile, kThreads>;
     using LoadV = RowLoader<VTile, kThreads>;
-    const i64 row = i64(n_block) * kN;
+    const i64 row = i64(state.n_block) * kN;
     const int rows = int(min<i64>(kN, max<i64>(0, seq.seqlen_k - row)));
-    const i64 hk = head0 / (p.num_heads / p.num_heads_k), hv = head0 / (p.num_heads / p.num_heads_v);
+    const i64 hk = state.head0 / l.per_k, hv = state.head0 / l.per_v;
     const u16 *k = static_cast<const u16*>(p.k.data), *v = static_cast<const u16*>(p.v.data);
     LoadK::template load<C.head_dim>(smem + kSmem.k, k + seq.k_index(p.k, row + LoadK::row(), hk) + LoadK::chunk() * 8,
-                                     p.k.row_stride, rows, k);
+                                     p.k.row_stride, rows);
     LoadV::template load<C.head_dim_v>(
-        smem + kSmem.v, v + seq.k_index(p.v, row + LoadV::row(), hv) + LoadV::chunk() * 8, p.v.row_stride, rows, v);
+        smem + kSmem.v, v + seq.k_index(p.v, row + LoadV::row(), hv) + LoadV::chunk() * 8, p.v.row_stride, rows);
   }
-  __device__ __forceinline__ void load_q(const Prefetch& f, int stage) const {
-    LoadQ::template load<C.head_dim>(smem + kSmem.q + stage * QTile::kBytes, f.q, p.q.row_stride,
-                                     state.seqlen_q - f.tile.m * kM, static_cast<const u16*>(p.q.data));
+  // Part `step` of `steps` of a tile of Q with its LSE and delta, and of one of dO.
+  __device__ __forceinline__ void load_q(const Prefetch& f, int stage, int step, int steps) const {
+#pragma unroll
+    for (int i = step * LoadQ::kPieces / steps; i < (step + 1) * LoadQ::kPieces / steps; ++i)
+      LoadQ::template load_piece<C.head_dim>(i, smem + kSmem.q + stage * QTile::kBytes, f.q, p.q.row_stride, f.rows);
+    if (step > 0) return;
     const float* stats = l.stats + i64(f.tile.at) * (2 * kM);
     for (int i = int(threadIdx.x); i < kM / 2; i += kThreads)
       ptx::cp_async_16(smem + kSmem.stats + u32((stage * kM / 2 + i) * 16), stats + i * 4);
   }
-  __device__ __forceinline__ void load_do(const Prefetch& f, int stage) const {
-    LoadDO::template load<C.head_dim_v>(smem + kSmem.dout + stage * DOTile::kBytes, f.dout, b.dout.row_stride,
-                                        state.seqlen_q - f.tile.m * kM, static_cast<const u16*>(b.dout.data));
+  __device__ __forceinline__ void load_do(const Prefetch& f, int stage, int step, int steps) const {
+#pragma unroll
+    for (int i = step * LoadDO::kPieces / steps; i < (step + 1) * LoadDO::kPieces / steps; ++i)
+      LoadDO::template load_piece<C.head_dim_v>(i, smem + kSmem.dout + stage * DOTile::kBytes, f.dout,
+                                                b.dout.row_stride, f.rows);
   }
 
   // The queries that see each key, for tiles with a masked pair.
   __device__ __forceinline__ void store_seen() const {
     for (int j = int(threadIdx.x); j < kN; j += kThreads) {
-      const Queries q = state.mask.queries(i64(n_block) * kN + j);
+      const Queries q = state.mask.queries(i64(state.n_block) * kN + j);
       ptx::st_shared_16(smem + kSmem.seen + j * 16,
                         make_uint4(u32(q.begin), u32(q.end), u32(q.full_begin), u32(q.full_end)));
     }
@@ -161,39 +201,46 @@ struct BwdMain {
   __device__ __forceinline__ int row() const { return warp / kAcross * kRows; }
   __device__ __forceinline__ int col() const { return warp % kAcross * kCols; }
 
-  __device__ __forceinline__ Scores make_s(int stage) const {
+  // between(step, steps) runs after each of that many steps.
+  template <class Between>
+  __device__ __forceinline__ Scores make_s(int stage, Between between) const {
     Scores s;
     s.clear();
+    constexpr int kSteps = kD / 16 * (kCols / 16);
     gemm<kType, KTile, false, QTile, false, kD, false>(
         s, lane_address<KTile>(smem + kSmem.k, row(), 0),
-        lane_address_swapped<QTile>(smem + kSmem.q + stage * QTile::kBytes, col(), 0), 0);
+        lane_address_swapped<QTile>(smem + kSmem.q + stage * QTile::kBytes, col(), 0), 0,
+        [&](int step) { between(step, kSteps); });
     return s;
   }
-  __device__ __forceinline__ Scores make_dp(int stage) const {
+  template <class Between>
+  __device__ __forceinline__ Scores make_dp(int stage, Between between) const {
     Scores dp;
     dp.clear();
+    constexpr int kSteps = kDv / 16 * (kCols / 16);
     gemm<kType, VTile, false, DOTile, false, kDv, false>(
         dp, lane_address<VTile>(smem + kSmem.v, row(), 0),
-        lane_address_swapped<DOTile>(smem + kSmem.dout + stage * DOTile::kBytes, col(), 0), 0);
+        lane_address_swapped<DOTile>(smem + kSmem.dout + stage * DOTile::kBytes, col(), 0), 0,
+        [&](int step) { between(step, kSteps); });
     return dp;
   }
 
   __device__ __forceinline__ BwdScores<C> scores_of(const Tile& tile, int stage) const {
     return {p,
             seq,
-            head0 + tile.head,
+            C.alibi || C.dropout ? state.head0 + head_of(tile) : 0,
             tile.m * kM + col(),
-            n_block * kN + row(),
+            state.n_block * kN + row(),
             smem + kSmem.stats + u32(stage * 2 * kM + col()) * 4,
             smem + kSmem.seen + u32(row() * 16)};
   }
   using Kept = typename BwdScores<C>::template Kept<kRows, kCols>;
 
   // S^T and dP^T become P^T and dS^T (without the scale of the scores).
-  __device__ __forceinline__ void apply_scores(const Tile& tile, int stage, Scores& s, Scores& dp,
+  __device__ __forceinline__ void apply_scores(const Tile& tile, bool masked, int stage, Scores& s, Scores& dp,
                                                const Kept& kept) const {
     const BwdScores<C> f = scores_of(tile, stage);
-    if (tile.m < state.full_begin[tile.run] || tile.m >= state.full_end[tile.run])
+    if (masked)
       f.template apply<true>(s, dp, kept);
     else
       f.template apply<false>(s, dp, kept);
@@ -217,100 +264,112 @@ struct BwdMain {
     const int block = warp % kAcross * kBlocks;
     gemm<kType, TileB, true, kRagged>(x, left, lane_address<TileB>(right, col(), block * 16), kAll - block);
   }
-  template <class TileB, bool kRagged, int kBlocks, int kAll>
-  __device__ __forceinline__ void add_others(Gradient<kBlocks>& x, u32 left, u32 right) const {
+  // between(step, steps) runs after each of that many steps.
+  template <class TileB, bool kRagged, int kBlocks, int kAll, class Between>
+  __device__ __forceinline__ void add_others(Gradient<kBlocks>& x, u32 left, u32 right, Between between) const {
     const int block = warp % kAcross * kBlocks;
+    constexpr int kSteps = kCols / 16 * kBlocks;
 #pragma unroll
     for (int o = 1; o < kAcross; ++o) {
       const int from = (warp + o) % kAcross * kCols;
       gemm<kType, ScoreTile, false, TileB, true, kCols, kRagged>(
-          x, lane_address<ScoreTile>(left, row(), from), lane_address<TileB>(right, from, block * 16), kAll - block);
+          x, lane_address<ScoreTile>(left, row(), from), lane_address<TileB>(right, from, block * 16), kAll - block,
+          [&](int step) { between((o - 1) * kSteps + step, (kAcross - 1) * kSteps); });
     }
   }
 
-  // dQ = dS K of a tile, added to the accumulator.
-  __device__ __forceinline__ void add_dq(const Tile& tile, u32 ds) const {
+  using DQ = Fragment<kRowsQ, kBlocksQ * 16>;
+  static constexpr int kPiecesQ = kRowsQ / 16 * kBlocksQ * 2;  // of 8 columns
+
+  __device__ __forceinline__ int blocks_dq() const { return kD / 16 - warp % kAcrossQ * kBlocksQ; }
+
+  // dQ = dS K of a tile.
+  __device__ __forceinline__ DQ make_dq(u32 ds) const {
     const int row = warp / kAcrossQ * kRowsQ, block = warp % kAcrossQ * kBlocksQ;
-    Fragment<kRowsQ, kBlocksQ * 16> dq;
+    DQ dq;
     dq.clear();
     gemm<kType, ScoreTile, true, KTile, true, kN, kRaggedQ>(dq, lane_address_swapped<ScoreTile>(ds, 0, row),
                                                             lane_address<KTile>(smem + kSmem.k, 0, block * 16),
-                                                            kD / 16 - block);
-    float* acc = l.dq_acc + tile.at * l.dq_tile + warp * (kRowsQ * kBlocksQ * 16);
-    u32* turn = nullptr;
-    u32 mine = 0;
-    if constexpr (C.deterministic) {
-      // A warp of every block adds to the same part of the tile, so that warps, not blocks, wait for one another. Those
-      // waited for belong to blocks that were started earlier.
-      turn = l.turns + i64(tile.at) * C.warps + warp;
-      mine = u32(rank(state.mask.visit(i64(tile.m) * kM, i64(tile.m) * kM + kM, kN), n_block));
-      while (ptx::ld_acquire(turn) != mine) __nanosleep(20);
-      __syncwarp();
-    }
-#pragma unroll
-    for (int mi = 0; mi < kRowsQ / 16; ++mi)
-#pragma unroll
-      for (int n = 0; n < kBlocksQ * 2; ++n) {
-        if (kRaggedQ && n / 2 >= kD / 16 - block) break;
-        const int piece = mi * kBlocksQ * 2 + n;
-        if constexpr (C.deterministic) {
-          float x[4];
-#pragma unroll
-          for (int e = 0; e < 4; ++e) x[e] = __ldcg(acc + dq_slot(piece, e));
-#pragma unroll
-          for (int e = 0; e < 4; ++e) __stcg(acc + dq_slot(piece, e), x[e] + dq.x[mi][n][e]);
-        } else {
+                                                            blocks_dq());
+    return dq;
+  }
+  // This lane's part of the accumulator.
+  __device__ __forceinline__ float* dq_acc(const Tile& tile) const {
+    return l.dq_acc + tile.at * l.dq_tile + warp * (kRowsQ * kBlocksQ * 16) + dq_lane();
+  }
+  __device__ __forceinline__ void add_piece(float* acc, const DQ& dq, int piece) const {
+    if (kRaggedQ && piece % (kBlocksQ * 2) / 2 >= blocks_dq()) return;
+    const float (&x)[4] = dq.x[piece / (kBlocksQ * 2)][piece % (kBlocksQ * 2)];
 #if __CUDA_ARCH__ >= 900
-          ptx::red_add_v4(acc + dq_slot(piece, 0), dq.x[mi][n]);
+    ptx::red_add_v4(acc + dq_slot(piece, 0), x);
 #else
 #pragma unroll
-          for (int e = 0; e < 4; ++e) ptx::red_add(acc + dq_slot(piece, e), dq.x[mi][n][e]);
+    for (int e = 0; e < 4; ++e) ptx::red_add(acc + dq_slot(piece, e), x[e]);
 #endif
-        }
-      }
-    if constexpr (C.deterministic) {
-      __threadfence();
-      __syncwarp();
-      if (lane == 0) ptx::st_release(turn, mine + 1);
-    }
   }
+  // Additions in an order that is always the same: each warp waits for those of other blocks that add to the same part
+  // of the tile. Those blocks have lower numbers and were started earlier.
+  __device__ __forceinline__ void take_turn(const Tile& tile) const {
+    while (ptx::ld_acquire(turns(tile) + warp) != u32(state.n_block)) __nanosleep(20);
+    __syncwarp();
+  }
+  __device__ __forceinline__ void pass_turn(const Tile& tile) const {
+    __threadfence();
+    __syncwarp();
+    const BwdTurns order = {turns(tile)[C.warps], turns(tile)[C.warps + 1]};
+    if (lane == 0) ptx::st_release(turns(tile) + warp, order.after(u32(state.n_block)));
+  }
+  __device__ __forceinline__ u32* turns(const Tile& tile) const { return l.turns + i64(tile.at) * (C.warps + 2); }
 
-  // A block's rows of dk or dv, or its part of them.
-  template <int kDim, int kBlocks>
-  __device__ __forceinline__ void write(const Gradient<kBlocks>& x, float scale, const Rows& out, i64 per_head,
+  // A block's rows of dk or dv, or its part of them. `tile` is shared memory that nobody reads any more: rows leave 16
+  // bytes at a time.
+  template <class OutTile, int kDim, bool kRagged, int kBlocks>
+  __device__ __forceinline__ void write(const Gradient<kBlocks>& x, u32 tile, float scale, const Rows& out, i32 head,
                                         float* parts) const {
-    const int row0 = row(), col0 = warp % kAcross * kBlocks * 16;
-    u16* to = static_cast<u16*>(out.data);
-    if (parts)
-      parts += ((head0 / l.heads_per_block) * l.k_tiles + bwd_first_k_tile(p, seq, l.max_k_tiles, kN) + n_block) *
+    const int row0 = row(), block = warp % kAcross * kBlocks;
+    const i64 rows = seq.rows_k - seq.leftpad - i64(state.n_block) * kN;
+    if (parts) {
+      parts += ((state.head0 / l.heads_per_block) * l.k_tiles + bwd_first_k_tile(p, seq, l.max_k_tiles, kN) +
+                state.n_block) *
                i64(kN * kDim);
 #pragma unroll
-    for (int m = 0; m < kRows / 16; ++m)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int r = row0 + m * 16 + h * 8 + lane / 4;
-        const i64 j = i64(n_block) * kN + r;
-        if (j >= seq.rows_k - seq.leftpad) continue;
-        u16* row_to = parts ? nullptr : to + seq.k_index(out, j, head0 / per_head);
+      for (int r = 0; r < kRows / 8; ++r)
 #pragma unroll
         for (int n = 0; n < kBlocks * 2; ++n) {
-          const int col = col0 + n * 8 + lane % 4 * 2;
-          if (col >= kDim) continue;
-          const float x0 = x.x[m][n][2 * h] * scale, x1 = x.x[m][n][2 * h + 1] * scale;
-          if (parts)
-            *reinterpret_cast<float2*>(parts + i64(r) * kDim + col) = make_float2(x0, x1);
-          else
-            *reinterpret_cast<u32*>(row_to + col) = ptx::cvt_pair<kType>(x0, x1);
+          const int at = row0 + r * 8 + lane / 4, col = block * 16 + n * 8 + lane % 4 * 2;
+          if (at >= rows || col >= kDim) continue;
+          *reinterpret_cast<float2*>(parts + at * kDim + col) =
+              make_float2(x.x[r / 2][n][r % 2 * 2] * scale, x.x[r / 2][n][r % 2 * 2 + 1] * scale);
         }
+      return;
+    }
+    const u32 to = tile + u32((row0 + lane / 4) * OutTile::kStride + (block * 16 + lane % 4 * 2) * 2);
+#pragma unroll
+    for (int r = 0; r < kRows / 8; ++r)
+#pragma unroll
+      for (int n = 0; n < kBlocks * 2; ++n) {
+        if (kRagged && block + n / 2 >= OutTile::kCols / 16) continue;
+        ptx::st_shared_4(to + u32(r * 8 * OutTile::kStride + n * 16),
+                         ptx::cvt_pair<kType>(x.x[r / 2][n][r % 2 * 2] * scale, x.x[r / 2][n][r % 2 * 2 + 1] * scale));
       }
+    __syncwarp();
+    constexpr int kChunks = kBlocks * 2;
+    u16* rows_out = static_cast<u16*>(out.data) + seq.k_index(out, i64(state.n_block) * kN, head);
+#pragma unroll 4
+    for (int i = lane; i < kRows * kChunks; i += 32) {
+      const int at = row0 + i / kChunks, col = block * 16 + i % kChunks * 8;
+      if (at < rows && col < kDim)
+        *reinterpret_cast<uint4*>(rows_out + at * out.row_stride + col) =
+            ptx::ld_shared_16(tile + u32(at * OutTile::kStride + col * 2));
+    }
   }
 
   // Padding on the left has no gradient.
   template <int kDim>
-  __device__ __forceinline__ void clear_leftpad(const Rows& out, i64 per_head) const {
+  __device__ __forceinline__ void clear_leftpad(const Rows& out, i32 head) const {
     for (i64 at = threadIdx.x; at < min(seq.leftpad, seq.rows_k) * (kDim / 8); at += kThreads) {
       const i64 j = at / (kDim / 8) - seq.leftpad;
-      u16* to = static_cast<u16*>(out.data) + seq.k_index(out, j, head0 / per_head) + at % (kDim / 8) * 8;
+      u16* to = static_cast<u16*>(out.data) + seq.k_index(out, j, head) + at % (kDim / 8) * 8;
       *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
     }
   }
@@ -322,71 +381,86 @@ struct BwdMain {
     dv.clear();
     const i32 total = (state.count[0] + state.count[1]) * i32(l.heads_per_block);
     if (total > 0) loop(total, dk, dv);
-    const i64 per_k = p.num_heads / p.num_heads_k, per_v = p.num_heads / p.num_heads_v;
-    write<C.head_dim, kBlocksK>(dk, p.scale, b.dk, per_k, l.dk_parts);
-    write<C.head_dim_v, kBlocksV>(dv, 1.f, b.dv, per_v, l.dv_parts);
-    if (seq.leftpad > 0 && n_block == 0) {
-      if (!l.dk_parts) clear_leftpad<C.head_dim>(b.dk, per_k);
-      if (!l.dv_parts) clear_leftpad<C.head_dim_v>(b.dv, per_v);
+    __syncthreads();  // nobody reads shared memory any more
+    const i32 hk = state.head0 / l.per_k, hv = state.head0 / l.per_v;
+    write<KTile, C.head_dim, kRaggedK, kBlocksK>(dk, smem + kSmem.k, p.scale, b.dk, hk, l.dk_parts);
+    write<VTile, C.head_dim_v, kRaggedV, kBlocksV>(dv, smem + kSmem.v, 1.f, b.dv, hv, l.dv_parts);
+    if (seq.leftpad > 0 && state.n_block == 0) {
+      if (!l.dk_parts) clear_leftpad<C.head_dim>(b.dk, hk);
+      if (!l.dv_parts) clear_leftpad<C.head_dim_v>(b.dv, hv);
     }
   }
 
   __device__ __forceinline__ void loop(i32 total, Gradient<kBlocksK>& dk, Gradient<kBlocksV>& dv) const {
-    const u32 ready = smem + kSmem.ready;
+    constexpr auto nothing = [](int, int) {};
     Prefetch next;
     seek(next, 0, state.count[1] > 0);
     load_keys();
-    load_q(next, 0);
-    load_do(next, 0);
+    load_q(next, 0, 0, 1);
+    load_do(next, 0, 0, 1);
     store_seen();
-    ptx::cp_async_wait_all();
-    __syncthreads();  // keys, what sees them, and the first tile are there
 #pragma unroll 1
     for (i32 it = 0; it < total; ++it) {
       const int stage_q = C.stages_q == 2 ? it % 2 : 0, stage_do = C.stages_do == 2 ? it % 2 : 0;
-      const int stage_p = C.stages_p == 2 ? it % 2 : 0;
       const u32 sQ = smem + kSmem.q + stage_q * QTile::kBytes, sDO = smem + kSmem.dout + stage_do * DOTile::kBytes;
-      const u32 sP = smem + kSmem.p + stage_p * ScoreTile::kBytes, sDS = smem + kSmem.ds + stage_p * ScoreTile::kBytes;
+      const u32 sP = smem + kSmem.p, sDS = smem + kSmem.ds;
       const bool more = it + 1 < total;
       const Tile tile = next.tile;
-      if (more) advance(next);
-      if (it > 0) {
-        if constexpr (kOneBarrier) {
-          ptx::mbarrier_wait(ready + stage_q * 8, u32(it - 1) / 2 % 2);
-        } else {
-          ptx::cp_async_wait_all();
-          __syncthreads();  // the tile is there, and nobody reads the one before it any more
-        }
-      }
+      if (more)
+        advance(next);
+      else
+        next.rows = 0;  // what is loaded next is zeros that nobody reads: no branches among the products
+      ptx::cp_async_wait_all();
+      __syncthreads();  // the tile is there, and nobody reads the one before it any more
 
       Kept kept;
       if constexpr (C.dropout) kept = scores_of(tile, stage_q).template draw<kRows, kCols>();
-      Scores s = make_s(stage_q);
-      if (!kOneBarrier && C.stages_q == 2 && more) load_q(next, stage_q ^ 1);
-      if (!kOneBarrier && C.stages_do == 2 && more) load_do(next, stage_do ^ 1);
-      Scores dp = make_dp(stage_do);
-      apply_scores(tile, stage_q, s, dp, kept);
+      Scores s = make_s(stage_q, [&](int step, int steps) {
+        if (C.stages_q == 2) load_q(next, stage_q ^ 1, step, steps);
+      });
+      const bool masked = is_masked(tile);
+      Scores dp = make_dp(stage_do, [&](int step, int steps) {
+        if (C.stages_do == 2) load_do(next, stage_do ^ 1, step, steps);
+      });
+      apply_scores(tile, masked, stage_q, s, dp, kept);
       const Left p_own = to_operand<kType>(s), ds_own = to_operand<kType>(dp);
       if constexpr (kSharesP) store_left(sP, p_own);
       store_left(sDS, ds_own);
       add_own<DOTile, kRaggedV, kBlocksV, kDv / 16>(dv, p_own, sDO);
       add_own<QTile, kRaggedK, kBlocksK, kD / 16>(dk, ds_own, sQ);
-      __syncthreads();  // P^T and dS^T are written, and nobody is at the tile before this one any more
-      if (kOneBarrier && more) {
-        load_q(next, stage_q ^ 1);
-        load_do(next, stage_do ^ 1);
-        ptx::cp_async_arrive(ready + (stage_q ^ 1) * 8);
+      __syncthreads();  // P^T and dS^T are written, and all that was read before them is read
+
+      const auto rest_of_dv = [&](auto between) {
+        add_others<DOTile, kRaggedV, kBlocksV, kDv / 16>(dv, sP, sDO, between);
+      };
+      const auto rest_of_dk = [&](auto between) {
+        add_others<QTile, kRaggedK, kBlocksK, kD / 16>(dk, sDS, sQ, between);
+      };
+      if constexpr (!kEarlyDQ) rest_of_dv(nothing);
+      const DQ dq = make_dq(sDS);
+      // Pieces first .. last - 1, as many after each step.
+      const auto adding = [&](int first, int last) {
+        return [&dq, this, first, last, acc = dq_acc(tile)](int step, int steps) {
+          const int count = last - first;
+#pragma unroll
+          for (int i = step * count / steps; i < (step + 1) * count / steps; ++i) add_piece(acc, dq, first + i);
+        };
+      };
+      constexpr int kHalf = kEarlyDQ ? kPiecesQ / 2 : 0;
+      if constexpr (C.deterministic || kAcross == 1) {  // whose turn it is does not hold the next one up for long
+        if (C.deterministic) take_turn(tile);
+        adding(0, kPiecesQ)(0, 1);
+        if (kEarlyDQ) rest_of_dv(nothing);
+        if (C.deterministic) pass_turn(tile);
+        rest_of_dk(nothing);
+      } else {
+        if (kEarlyDQ) rest_of_dv(adding(0, kHalf));
+        rest_of_dk(adding(kHalf, kPiecesQ));
       }
-      add_others<DOTile, kRaggedV, kBlocksV, kDv / 16>(dv, sP, sDO);
-      if (C.stages_do == 1) {
-        if (kSharesP) __syncthreads();  // nobody reads dO any more
-        if (more) load_do(next, 0);
-      }
-      add_dq(tile, sDS);
-      add_others<QTile, kRaggedK, kBlocksK, kD / 16>(dk, sDS, sQ);
-      if (C.stages_q == 1) {
-        if (kSharesP) __syncthreads();  // nobody reads Q any more
-        if (more) load_q(next, 0);
+      if ((C.stages_q == 1 || C.stages_do == 1) && more) {
+        if (kSharesP) __syncthreads();  // nobody reads Q and dO any more
+        if (C.stages_q == 1) load_q(next, 0, 0, 1);
+        if (C.stages_do == 1) load_do(next, 0, 0, 1);
       }
     }
   }
@@ -396,7 +470,7 @@ template <BwdConfig C>
 __global__ __launch_bounds__(threads(C), C.blocks) void bwd_sm80(const __grid_constant__ BwdLaunch l) {
   extern __shared__ __align__(1024) unsigned char smem[];
   const BwdMain<C> block(l, smem);
-  if (i64(block.n_block) * C.block_n >= max<i64>(block.seq.rows_k - block.seq.leftpad, 1)) return;
+  if (i64(block.state.n_block) * C.block_n >= max<i64>(block.seq.rows_k - block.seq.leftpad, 1)) return;
   block.run();
 }
 

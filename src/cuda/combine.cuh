@@ -18,9 +18,9 @@ __global__ __launch_bounds__(threads(C)) void combine(const __grid_constant__ Co
   extern __shared__ __align__(1024) unsigned char smem[];
 
   const AttnParams& p = launch.p;
-  const u32 n = blockIdx.x, rows = u32(p.seqlen_q), heads = u32(p.num_heads);
-  const u32 i = n % rows, h = n / rows % heads;
-  const SeqInfo seq = SeqInfo::of(p, n / rows / heads);
+  u32 n = blockIdx.x;
+  const u32 i = launch.rows.take(n), h = launch.heads.take(n);
+  const SeqInfo seq = SeqInfo::of(p, n);
   if (i >= seq.rows_q) return;
   u16* const out = static_cast<u16*>(p.out.data) + seq.q_index(p.out, i, h);
   const int lane = lane_id(), warp = warp_id();
@@ -41,7 +41,7 @@ __global__ __launch_bounds__(threads(C)) void combine(const __grid_constant__ Co
 
   float4 sum[kEach] = {};
   if (used) {
-#pragma unroll 4
+#pragma unroll 2
     for (int part = warp; part < launch.num_splits; part += kWarps) {
       const i64 at = first + part * stride;
       const float2 s = state[at];

@@ -56,6 +56,11 @@ const strobe_executor& executor_of(const strobe_args& args) {
   return args.executor ? *args.executor : strobe::default_executor();
 }
 
+std::string line_of(const char* call) {
+  if (!call) throw strobe::Error(STROBE_INVALID_VALUE, "call is null, allowed is a line of text");
+  return call;
+}
+
 bool on_gpu(const strobe_args& args) { return args.q->device == STROBE_CUDA; }
 
 template <class Params>
@@ -163,8 +168,18 @@ int32_t strobe_kvcache_workspace(const strobe_kvcache_args* args, size_t* bytes)
 
 int32_t strobe_compile(const char* call, int32_t arch, const char* folder, strobe_kernel_visitor visit, void* context) {
   return guarded("strobe_compile", [&] {
-    if (!call) throw strobe::Error(STROBE_INVALID_VALUE, "strobe_compile: call is null, allowed is a line of text");
-    strobe::host::precompile(call, arch, folder ? folder : "", visit, context);
+    strobe::cuda::named("strobe_compile",
+                        [&] { strobe::host::precompile(line_of(call), arch, folder ? folder : "", visit, context); });
+  });
+}
+
+int32_t strobe_explain(const char* call, int32_t arch, char* text, size_t size) {
+  return guarded("strobe_explain", [&] {
+    strobe::cuda::named("strobe_explain", [&] {
+      if (!text || size == 0) throw strobe::Error(STROBE_INVALID_VALUE, "text is null or has no room");
+      const std::string all = strobe::host::explain_call(line_of(call), arch);
+      text[all.copy(text, size - 1)] = '\0';
+    });
   });
 }
 

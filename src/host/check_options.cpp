@@ -109,11 +109,17 @@ void check_options(const Arguments& a, AttnParams& params, std::string& s_aux_st
   check_alibi(a, params);
   check_s_aux(a, params, s_aux_storage);
   const char* backend = a.args.backend;
-  const char* engine = a.on_gpu() ? "sm80" : "cpu";
-  if (backend && std::strcmp(backend, "auto") != 0 && std::strcmp(backend, engine) != 0) [[unlikely]] {
-    a.call.refuse_value({}, "backend is '%.80s', allowed %sis 'auto' or '%s'", backend,
-                        a.on_gpu() ? "for tensors on a GPU " : "", engine);
+  if (!backend || std::strcmp(backend, "auto") == 0) return;
+  if (!a.on_gpu()) {
+    if (std::strcmp(backend, "cpu") == 0) return;
+    a.call.refuse_value({}, "backend is '%.80s', allowed is 'auto' or 'cpu'", backend);
   }
+  if (std::strcmp(backend, "sm80") == 0)
+    params.engine = Engine::sm80;
+  else if (std::strcmp(backend, "sm90") == 0)
+    params.engine = Engine::sm90;
+  else
+    a.call.refuse_value({}, "backend is '%.80s', allowed for tensors on a GPU is 'auto', 'sm80' or 'sm90'", backend);
 }
 
 }  // namespace strobe::host

@@ -19,6 +19,7 @@ namespace strobe::cuda {
 
 // Throw Error. Pure but for reading the device's facts.
 host::Plan plan(const AttnParams& params, const host::Device& device);
+host::Plan plan(const AttnParams& params, const host::DeviceInfo& device);
 host::Plan plan(const BackwardParams& params, const host::Device& device);
 host::Plan plan(const KVCacheParams& params, const host::Device& device);
 
@@ -28,6 +29,9 @@ void run(const BackwardParams& params, const host::Plan& plan, const host::Devic
          void* stream);
 void run(const KVCacheParams& params, const host::Plan& plan, const host::Device& device, void* workspace,
          void* stream);
+
+// What a plan runs, for people: the engine and why it was chosen, each kernel's Config and grid, splits and workspace.
+std::string explain(const host::Plan& plan);
 
 // Throws Error with the nearest head dims that a kernel fits.
 void check_forward_fits(const AttnParams& params, const host::DeviceInfo& device);

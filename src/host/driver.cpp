@@ -42,6 +42,8 @@ Driver open_driver() {
   STROBE_FIND(cuStreamIsCapturing);
   STROBE_FIND(cuThreadExchangeStreamCaptureMode);
   STROBE_FIND(cuLaunchKernel);
+  STROBE_FIND(cuMemsetD8Async);
+  STROBE_FIND(cuTensorMapEncodeTiled);
 #undef STROBE_FIND
   if (d.cuDriverGetVersion(&d.version) != kCudaSuccess || d.version < kOldestDriver) {
     throw Error(STROBE_UNSUPPORTED, "the NVIDIA driver serves CUDA " + std::to_string(d.version / 1000) + "." +

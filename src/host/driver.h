@@ -14,6 +14,7 @@ using CUcontext = struct CUctx_st*;
 using CUmodule = struct CUmod_st*;
 using CUfunction = struct CUfunc_st*;
 using CUstream = struct CUstream_st*;
+using CUdeviceptr = unsigned long long;
 
 constexpr CUresult kCudaSuccess = 0;
 constexpr CUresult kCudaOutOfMemory = 2;
@@ -33,6 +34,11 @@ struct Driver {
   CUresult (*cuFuncSetAttribute)(CUfunction function, int attribute, int value);
   CUresult (*cuStreamIsCapturing)(CUstream stream, int* status);
   CUresult (*cuThreadExchangeStreamCaptureMode)(int* mode);
+  CUresult (*cuMemsetD8Async)(CUdeviceptr to, unsigned char value, size_t bytes, CUstream stream);
+  // `map` is 128 bytes, aligned to 64.
+  CUresult (*cuTensorMapEncodeTiled)(void* map, int type, u32 rank, void* data, const u64* dims, const u64* strides,
+                                     const u32* box, const u32* element_strides, int interleave, int swizzle,
+                                     int l2_promotion, int fill);
   CUresult (*cuLaunchKernel)(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                              unsigned block_y, unsigned block_z, unsigned smem_bytes, CUstream stream, void** params,
                              void** extra);

@@ -14,12 +14,29 @@ namespace {
   fail_cuda(result, what.c_str());
 }
 
+// Of the driver's enumerations: 128-byte swizzle, and what is outside of the tensor reads as 0.
+constexpr int kSwizzle128 = 3, kPromotion256 = 3, kNoInterleave = 0, kZeroFill = 0;
+constexpr int kFloat16 = 6, kBfloat16 = 9;
+
+void encode(const TensorBox& b) {
+  static constexpr u32 kEach[kBoxRank] = {1, 1, 1, 1};
+  check_cuda(
+      driver().cuTensorMapEncodeTiled(b.map, b.dtype == DType::f16 ? kFloat16 : kBfloat16, kBoxRank, b.data, b.dims,
+                                      b.strides, b.box, kEach, kNoInterleave, kSwizzle128, kPromotion256, kZeroFill),
+      "describe a tensor to the GPU");
+}
+
 }  // namespace
 
 void launch(const Plan& plan, LaunchParams& params, const Device& device, CUstream stream) {
   const Driver& d = driver();
   CUfunction functions[kMaxLaunches];
   load(plan, device, stream, functions);
+  for (int i = 0; i < params.box_count; ++i) encode(params.boxes[i]);
+  if (plan.zero_bytes > 0) {
+    check_cuda(d.cuMemsetD8Async(reinterpret_cast<CUdeviceptr>(params.zero), 0, size_t(plan.zero_bytes), stream),
+               "clear the workspace");
+  }
   for (int i = 0; i < plan.count; ++i) {
     const Launch& l = plan.launches[i];
     if (l.grid[0] == 0 || l.grid[1] == 0 || l.grid[2] == 0) continue;

@@ -88,8 +88,11 @@ struct Plan {
   Launch launches[kMaxLaunches];
   int count = 0;
   i64 workspace_bytes = 0;
+  // Bytes of the workspace that are 0 before the first launch.
+  i64 zero_offset = 0, zero_bytes = 0;
   // What the parameter builders need again. Offsets count bytes from the workspace's start.
   int num_splits = 1;
+  const char* why = nullptr;  // this engine was chosen, for explain(); words that follow "because"
   i64 offsets[kMaxLaunches] = {};
   i64 values[kMaxLaunches] = {};
 
@@ -102,13 +105,27 @@ struct Plan {
   }
 };
 
+// A tensor of 16-bit elements as tensor copies see it, fastest dimension first; encoded where it is launched.
+constexpr int kBoxRank = 4;
+struct TensorBox {
+  void* map;  // in a parameter block
+  void* data;
+  u64 dims[kBoxRank], strides[kBoxRank - 1];  // strides in bytes, of all dimensions but the first
+  u32 box[kBoxRank];
+  DType dtype;
+};
+constexpr int kMaxTensorBoxes = 4;
+
 // The parameter block of each launch, in the order of the launches. Lives on the caller's stack.
 struct LaunchParams {
-  alignas(16) unsigned char blocks[kMaxLaunches][kMaxParamBytes];
+  alignas(64) unsigned char blocks[kMaxLaunches][kMaxParamBytes];
+  TensorBox boxes[kMaxTensorBoxes];
+  int box_count = 0;
+  void* zero = nullptr;  // Plan::zero_bytes from here on
 
   template <class Params>
   Params& emplace(int launch) {
-    static_assert(sizeof(Params) <= kMaxParamBytes && alignof(Params) <= 16);
+    static_assert(sizeof(Params) <= kMaxParamBytes && alignof(Params) <= 64);
     static_assert(std::is_trivially_copyable_v<Params>);
     return *new (blocks[launch]) Params{};
   }

@@ -10,7 +10,7 @@ namespace {
 
 // Places of the plan's offsets and values.
 enum Part { kStats, kDqAcc, kTurns, kDkParts, kDvParts, kSinks };
-enum Value { kBlockM, kBlockN, kDqTile, kWarps, kHeadsPerBlock };
+enum Value { kBlockM, kBlockN, kDqTile, kTurnsPerTile, kHeadsPerBlock };
 constexpr i64 kNowhere = -1;
 
 // Tiles of all sequences, per head: packed ones may each leave a tile partly empty.
@@ -26,15 +26,22 @@ i64 k_tiles(const AttnParams& p, i64 block_n) {
 i64 longest_tiles(i64 longest, i64 block) { return max<i64>(1, ceil_div(longest, block)); }
 
 // A block takes all query heads that read the same heads of k and of v, or fewer where that leaves processors idle.
-i64 heads_per_block(const AttnParams& p, i64 block_n, int sm_count) {
+// Time is estimated in tiles: of the last wave, and of the longest block, one of kept tokens that every query sees.
+i64 heads_per_block(const AttnParams& p, const BwdConfig& config, int sm_count) {
   const i64 share = std::gcd(p.num_heads / p.num_heads_k, p.num_heads / p.num_heads_v);
-  const i64 blocks = longest_tiles(p.seqlen_k, block_n) * p.batch;
-  i64 heads = share;
-  while (heads > 1 && blocks * (p.num_heads / heads) < sm_count) {
-    do --heads;
-    while (share % heads != 0);
-  }
-  return heads;
+  const i64 blocks = longest_tiles(p.seqlen_k, config.block_n), all = longest_tiles(p.seqlen_q, config.block_m);
+  const i64 right = p.causal ? 0 : p.window_right;
+  const bool window = p.window_left >= 0 && right >= 0 && !p.full_from;
+  const i64 seen = window ? ceil_div<i64>(p.window_left + right + config.block_n, config.block_m) + 1 : all;
+  const i64 tiles = min(all, seen), longest = p.keep_first > 0 ? all : tiles;
+  const auto cost = [&](i64 heads) {
+    const i64 waves = ceil_div<i64>(blocks * p.batch * (p.num_heads / heads), i64(sm_count) * config.blocks);
+    return heads * max(waves * tiles, longest);
+  };
+  i64 best = share;
+  for (i64 heads = share - 1; heads > 0; --heads)
+    if (share % heads == 0 && cost(heads) * 10 < cost(best) * 9) best = heads;  // sums of partial dK and dV cost, too
+  return best;
 }
 
 [[noreturn]] void refuse_dims(const AttnParams& p) {
@@ -55,7 +62,7 @@ Plan plan_backward(const BackwardParams& params, const DeviceInfo& device, const
   const AttnParams& p = params.fwd;
   const BwdConfig config = bwd_config(params, tile);
   if (!valid(config)) refuse_dims(p);
-  const i64 heads = heads_per_block(p, config.block_n, device.sm_count), parts = p.num_heads / heads;
+  const i64 heads = heads_per_block(p, config, device.sm_count), parts = p.num_heads / heads;
   const i64 tiles = p.num_heads * q_tiles(p, config.block_m), keys = k_tiles(p, config.block_n) * config.block_n;
   const i64 max_q_tiles = longest_tiles(p.seqlen_q, config.block_m);
   const i64 max_k_tiles = longest_tiles(p.seqlen_k, config.block_n);
@@ -65,14 +72,14 @@ Plan plan_backward(const BackwardParams& params, const DeviceInfo& device, const
   plan.values[kBlockM] = config.block_m;
   plan.values[kBlockN] = config.block_n;
   plan.values[kDqTile] = dq_tile;
-  plan.values[kWarps] = config.warps;
+  plan.values[kTurnsPerTile] = config.warps + 2;
   plan.values[kHeadsPerBlock] = heads;
   const auto reserve = [&](Part part, bool needed, i64 words) {
     plan.offsets[part] = needed ? plan.reserve(words * 4) : kNowhere;
   };
   reserve(kStats, true, tiles * 2 * config.block_m);
   reserve(kDqAcc, true, tiles * dq_tile);
-  reserve(kTurns, params.deterministic, tiles * config.warps);
+  reserve(kTurns, params.deterministic, tiles * (config.warps + 2));
   reserve(kDkParts, parts != p.num_heads_k, parts * keys * p.head_dim);
   reserve(kDvParts, parts != p.num_heads_v, parts * keys * p.head_dim_v);
   reserve(kSinks, params.ds_aux, p.num_heads * p.batch * max_q_tiles);
@@ -114,8 +121,14 @@ void fill_backward(const BackwardParams& params, const Plan& plan, void* workspa
   l.max_q_tiles = longest_tiles(p.seqlen_q, block_m);
   l.max_k_tiles = longest_tiles(p.seqlen_k, block_n);
   l.dq_tile = plan.values[kDqTile];
-  l.turns_per_tile = plan.values[kWarps];
+  l.turns_per_tile = plan.values[kTurnsPerTile];
   l.heads_per_block = heads;
+  l.block_n = block_n;
+  l.per_k = i32(p.num_heads / p.num_heads_k);
+  l.per_v = i32(p.num_heads / p.num_heads_v);
+  // Under a window, blocks of kept tokens take many times longer than others: none may be the last to start.
+  const i64 kept = min(l.max_k_tiles, ceil_div(p.keep_first, block_n)), grid = l.max_k_tiles * p.num_heads * p.batch;
+  l.first_blocks = p.window_left >= 0 && grid < i64(1) << 31 ? i32(kept) : 0;
   for (int i = 0; i < 3; ++i) blocks.emplace<BwdLaunch>(i) = l;
 
   int launch = 3;

@@ -138,6 +138,7 @@ void fill_forward(const AttnParams& p, const Plan& plan, void* workspace, Launch
   forward.p = p;
   forward.partial_out = out;
   forward.partial_state = state;
+  forward.log2_scale = p.scale * 1.44269504088896340736f;
   forward.page = FastDivisor::of(u32(max<i64>(1, p.page_size)));
   forward.group = FastDivisor::of(u32(plan.values[kGroup]));
   forward.m_blocks = FastDivisor::of(u32(plan.values[kRowBlocks]));
@@ -146,7 +147,7 @@ void fill_forward(const AttnParams& p, const Plan& plan, void* workspace, Launch
   forward.groups = FastDivisor::of(u32(p.num_heads / plan.values[kGroup]));
   forward.heads_per_k = FastDivisor::of(u32(p.num_heads / p.num_heads_k));
   forward.heads_per_v = FastDivisor::of(u32(p.num_heads / p.num_heads_v));
-  if (split) params.emplace<CombineLaunch>(at + 1) = {p, out, state, plan.num_splits};
+  if (split) params.emplace<CombineLaunch>(at + 1) = CombineLaunch::of(p, out, state, plan.num_splits);
 }
 
 Plan plan_kvcache(const KVCacheParams& c, const DeviceInfo& device) {

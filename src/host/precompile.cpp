@@ -17,7 +17,7 @@ namespace {
 
 // What a line may say, with what it means when it does not.
 struct CallText {
-  std::string pass = "forward", dtype = "bf16";
+  std::string pass = "forward", dtype = "bf16", backend = "auto";
   double batch = 2, seqlen_q = -1, seqlen_k = 4096, num_heads = 16, num_heads_k = -1, num_heads_v = -1;
   double head_dim = 128, head_dim_v = -1;
   double packed = 0, page_size = 0, seqlen_new = 0, rotary_dim = 0;
@@ -54,7 +54,7 @@ constexpr NumberField kNumbers[] = {
 };
 
 [[noreturn]] void refuse(const std::string& word, const std::string& allowed) {
-  throw Error(STROBE_INVALID_VALUE, "strobe_compile: '" + word + "' in the call, allowed is " + allowed);
+  throw Error(STROBE_INVALID_VALUE, "'" + word + "' in the call, allowed is " + allowed);
 }
 
 CallText parse(const std::string& line) {
@@ -67,8 +67,11 @@ CallText parse(const std::string& line) {
       call.pass = value;
     } else if (name == "dtype" && (value == "bf16" || value == "f16")) {
       call.dtype = value;
+    } else if (name == "backend" && (value == "auto" || value == "sm80" || value == "sm90")) {
+      call.backend = value;
     } else {
-      std::string names = "pass=forward|backward|decode, dtype=bf16|f16, or a number for one of";
+      std::string names =
+          "pass=forward|backward|decode, dtype=bf16|f16, backend=auto|sm80|sm90, or a number for one of";
       const NumberField* known = nullptr;
       for (const NumberField& field : kNumbers) {
         names += std::string(" ") + field.name;
@@ -101,6 +104,7 @@ Rows rows(i64 length, i64 heads, i64 dim) { return {somewhere<void>(), length * 
 AttnParams attn_params(const CallText& c) {
   AttnParams p;
   p.dtype = c.dtype == "bf16" ? DType::bf16 : DType::f16;
+  p.engine = c.backend == "sm80" ? Engine::sm80 : c.backend == "sm90" ? Engine::sm90 : Engine::any;
   p.batch = static_cast<i64>(c.batch);
   p.num_heads = static_cast<i64>(c.num_heads);
   p.num_heads_k = static_cast<i64>(c.num_heads_k);
@@ -164,7 +168,7 @@ Plan plan_of(const std::string& line, const DeviceInfo& device) {
     return plan_backward(b, device);
   }
   check_forward_fits(p, device);
-  if (c.pass == "forward") return plan_forward(p, device);
+  if (c.pass == "forward") return cuda::plan(p, device);
   KVCacheParams k;
   k.fwd = p;
   if (c.seqlen_new > 0) {
@@ -178,6 +182,10 @@ Plan plan_of(const std::string& line, const DeviceInfo& device) {
     k.seqlen_ro = p.seqlen_k;
   }
   return plan_kvcache(k, device);
+}
+
+std::string explain_call(const std::string& call, int arch) {
+  return cuda::explain(plan_of(call, typical_device(arch)));
 }
 
 void precompile(const std::string& call, int arch, const std::string& folder, strobe_kernel_visitor visit,
@@ -197,7 +205,7 @@ void precompile(const std::string& call, int arch, const std::string& folder, st
     if (!kernel.cached) {
       cubin = compile(launch.kernel, arch, &report);
       if (!path.empty() && !write_cache(path, key, cubin)) {
-        throw Error(STROBE_INTERNAL, "strobe_compile: " + path + " cannot be written");
+        throw Error(STROBE_INTERNAL, path + " cannot be written");
       }
       kernel.registers = report.registers;
       kernel.stack_bytes = report.stack_bytes;

@@ -10,21 +10,31 @@ struct BwdTile {
   int max_dim, max_dim_v;  // it takes head dims up to these, each rounded up to a multiple of 16
   int block_m, block_n;    // queries, keys
   int warps, warps_n, warps_dq;
-  int stages_q, stages_do, stages_p, blocks;
+  int stages_q, stages_do, blocks;
 };
 
 // clang-format off
 inline constexpr BwdTile kBwdTiles[] = {
-    // dim dim_v   m    n  warps n dq  q do p  blocks
-    {  64,   64, 128, 128,  8, 4, 4,  2, 2, 1,  1},
-    { 128,  128,  64, 128,  8, 4, 2,  2, 2, 2,  1},
-    { 128,  128,  64,  64,  4, 2, 2,  1, 1, 1,  1},
-    { 192,  128,  64,  96,  8, 2, 2,  2, 2, 1,  1},
-    { 128,  192,  64,  96,  8, 2, 2,  2, 2, 1,  1},
-    { 256,  256,  64,  64,  8, 2, 2,  2, 2, 1,  1},
-    { 256,  256,  64,  64,  8, 2, 2,  1, 1, 1,  1},
-    { 256,  256,  32,  32,  4, 2, 2,  1, 1, 1,  1},
-    { 256,  256,  16,  32,  2, 2, 1,  1, 1, 1,  1},
+    // dim dim_v   m    n  warps n dq  q do  blocks
+    {  32,   64,  64,  64,  4, 2, 2,  2, 2,  3},
+    {  64,   64, 128, 128,  8, 4, 4,  2, 2,  1},
+    {  64,   64, 128, 128,  8, 4, 4,  2, 1,  1},
+    {  64,   64,  64,  64,  4, 2, 2,  2, 2,  1},
+    {  64,  128,  96, 128,  8, 4, 2,  2, 2,  1},
+    {  96,   96,  96, 128,  8, 4, 2,  2, 2,  1},
+    { 128,  128,  64, 128,  8, 4, 2,  2, 2,  1},
+    { 128,  128,  64, 128,  8, 4, 2,  1, 2,  1},
+    { 128,  128,  64,  64,  8, 4, 2,  1, 1,  1},
+    {  96,  192,  64, 128,  8, 4, 4,  2, 2,  1},
+    { 192,  192,  64,  96,  8, 2, 4,  2, 2,  1},
+    { 192,  192,  64,  96,  8, 2, 4,  1, 1,  1},
+    { 128,  256,  64,  96,  8, 2, 2,  2, 2,  1},
+    { 128,  256,  64,  96,  8, 2, 4,  1, 1,  1},
+    { 256,  128,  64,  96,  8, 2, 2,  2, 2,  1},
+    { 256,  128,  64,  96,  8, 2, 2,  1, 1,  1},
+    { 256,  256,  64,  64,  8, 2, 2,  2, 2,  1},
+    { 256,  256,  64,  64,  8, 4, 2,  1, 1,  1},
+    { 256,  256,  48,  32,  6, 2, 3,  1, 1,  1},
 };
 // clang-format on
 
@@ -41,7 +51,6 @@ inline BwdConfig bwd_config(const BackwardParams& params, const BwdTile& t) {
   c.warps_dq = t.warps_dq;
   c.stages_q = t.stages_q;
   c.stages_do = t.stages_do;
-  c.stages_p = t.stages_p;
   c.blocks = t.blocks;
   c.softcap = p.softcap != 0.f;
   c.alibi = p.alibi_slopes != nullptr;

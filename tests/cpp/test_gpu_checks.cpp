@@ -122,7 +122,7 @@ void test_refused() {
   refused("another GPU", STROBE_INVALID_TYPE,
           "v is on cuda:1 but q is on cuda:0, allowed is one device for all tensors",
           [](Example& e) { e.v.device_index = 1; });
-  refused("backend", STROBE_INVALID_VALUE, "backend is 'cpu', allowed for tensors on a GPU is 'auto' or 'sm80'",
+  refused("backend", STROBE_INVALID_VALUE, "backend is 'cpu', allowed for tensors on a GPU is 'auto', 'sm80' or 'sm90'",
           [](Example& e) { e.packed.backend = "cpu"; });
   refused("page_size", STROBE_UNSUPPORTED, "page_size of k_cache is 12, allowed on a GPU is a multiple of 8",
           [](Example& e) { e.pages.shape[1] = e.pages_v.shape[1] = 12; });

@@ -121,7 +121,7 @@ void test_choices() {
   const DeviceInfo h100 = typical_device(90), rtx = typical_device(89);
   const auto holds = [](bool held, const char* what) { expect(held, what, "as named", 90); };
 
-  const Plan dense = plan_of("pass=forward head_dim=128 seqlen_k=8192 batch=4 causal=1", h100);
+  const Plan dense = plan_of("pass=forward backend=sm80 head_dim=128 seqlen_k=8192 batch=4 causal=1", h100);
   holds(dense.count == 1 && dense.workspace_bytes == 0, "a dense forward is one kernel and no workspace");
   holds(field(dense.launches[0], "split") == 0 && field(dense.launches[0], "paged") == 0,
         "and neither split nor paged");

@@ -52,3 +52,22 @@ def test_compile_names_what_fails(tmp_path):
     assert "the nearest that fit are 128 and 256" in result.stderr
     assert "allowed is pass=forward|backward|decode" in result.stderr
     assert "allowed is one of 80, 86" in strobe("compile", "--arch", "75", "--out", tmp_path / "kernels").stderr
+
+
+def test_show_says_what_runs_and_why():
+    shown = strobe("show", "--arch", "80,90a", "pass=forward", "head_dim=192", "head_dim_v=128", "causal=1")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("fwd_sm80{") == 1 and shown.stdout.count("fwd_sm90{") == 1, shown.stdout
+    assert "head_dim=192, head_dim_v=128" in shown.stdout and "engine chosen because" in shown.stdout
+    split = strobe("show", "--arch", "80", "pass=decode", "batch=1", "seqlen_k=131072")
+    assert "combine{" in split.stdout and "splits of the keys" in split.stdout, split.stdout
+    assert "gradients" not in split.stdout
+    refused = strobe("show", "--arch", "80", "pass=forward", "head_dim=seven")
+    assert refused.returncode == 1 and "strobe_explain: 'head_dim=seven' in the call" in refused.stderr
+
+
+def test_backend_that_cannot_serve_a_call_is_an_error():
+    refused = strobe("show", "--arch", "90", "pass=forward", "backend=sm90", "alibi=1")
+    assert refused.returncode == 1 and "backend 'sm90' cannot serve this call because" in refused.stderr
+    elsewhere = strobe("show", "--arch", "80", "pass=forward", "backend=sm90")
+    assert elsewhere.returncode == 1 and "backend 'sm90' cannot serve this call because" in elsewhere.stderr

@@ -30,7 +30,7 @@ def no_generator(function: str, generator):
 
 
 def hints(function: str, *, num_splits=0, pack_gqa=None, sm_margin=0, scheduler_metadata=None):
-    """Wishes about speed. Strobe plans by itself and gives the same bits for any plan; their types are checked."""
+    """Wishes about speed. Strobe plans by itself, always alike; their types are checked."""
     for name, value in (("num_splits", num_splits), ("sm_margin", sm_margin)):
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise TypeError(f"{function}: {name} is {value!r}, it takes an integer")

@@ -65,7 +65,7 @@ def _flash_attn_varlen_forward(
     block_table: Tensor | None = None, leftpad_k: Tensor | None = None, seqused_k: Tensor | None = None,
     zero_tensors: bool = False, num_splits: int = 0, *, keep_first: int = 0, force_fa_decode: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    # num_splits is a wish about speed: any plan gives the same bits.
+    # num_splits is a wish about speed: a forward call has the same bits every time anyway.
     return raw.forward(
         "_flash_attn_varlen_forward", q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, dropout_p=dropout_p, softmax_scale=softmax_scale,

@@ -9,6 +9,10 @@ namespace strobe::ptx {
 // "Data Movement and Conversion Instructions: cvta".
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
+// Hides where a value came from, so that nothing computed from it leaves the loop that this stands in.
+__device__ __forceinline__ void opaque(u32& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void opaque(i64& x) { asm volatile("" : "+l"(x)); }
+
 // 16 bytes to shared memory, of which `bytes` (0 or 16) are read and the rest are zeros. "cp.async".
 __device__ __forceinline__ void cp_async_16(u32 shared, const void* global, u32 bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes)

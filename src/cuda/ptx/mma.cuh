@@ -46,6 +46,13 @@ __device__ __forceinline__ float rcp(float x) {
   return y;
 }
 
+// The lowest n bits: all of them from 32 on, none below 1. "Integer Arithmetic Instructions: bmsk".
+__device__ __forceinline__ u32 low_bits(i32 n) {
+  u32 bits;
+  asm("bmsk.clamp.b32 %0, 0, %1;" : "=r"(bits) : "r"(max(n, 0)));
+  return bits;
+}
+
 // Two elements in one register, `low` in the low half. "Data Movement and Conversion Instructions: cvt".
 template <DType kType>
 __device__ __forceinline__ u32 cvt_pair(float low, float high) {

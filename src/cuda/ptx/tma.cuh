@@ -35,12 +35,12 @@ __device__ __forceinline__ void prefetch_tensormap(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<u64>(&map)) : "memory");
 }
 // A box to shared memory; what lies outside of the tensor arrives as zeros. "cp.async.bulk.tensor".
-__device__ __forceinline__ void tma_load(u32 shared, const TensorMap& map, u32 barrier, i32 c0, i32 c1, i32 c2, i32 c3,
-                                         i32 c4) {
+__device__ __forceinline__ void tma_load(u32 shared, const TensorMap& map, u32 barrier, i32 c0, i32 c1, i32 c2,
+                                         i32 c3) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, "
-      "%7}], [%2];" ::"r"(shared),
-      "l"(reinterpret_cast<u64>(&map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(shared),
+      "l"(reinterpret_cast<u64>(&map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
 

@@ -25,22 +25,22 @@ struct RowLoader {
   __device__ __forceinline__ static int row() { return int(threadIdx.x) / kAcross; }
   __device__ __forceinline__ static int chunk() { return int(threadIdx.x) % kAcross; }
 
-  // `from` is the thread's first chunk, of its row() of the tile; `rows` of the tile exist, the others and columns from
-  // kDim on become zeros. `mapped` is any address that may be named where nothing is read.
+  static constexpr int kPerRow = kChunks / kAcross, kPieces = (Tile::kRows + kDown - 1) / kDown * kPerRow;
+
+  // Loads piece 0 .. kPieces - 1. `from` is the thread's first chunk, of its row() of the tile; `rows` of the tile
+  // exist, the others and columns from kDim on become zeros: nothing is read there, whatever the address.
   template <int kDim>
-  __device__ __forceinline__ static void load(u32 tile, const u16* from, i64 row_stride, int rows, const u16* mapped) {
-    const u32 to = tile + u32(row() * Tile::kStride + chunk() * 16);
+  __device__ __forceinline__ static void load_piece(int piece, u32 tile, const u16* from, i64 row_stride, int rows) {
+    const int r = piece / kPerRow * kDown, c = piece % kPerRow * kAcross;
+    if (Tile::kRows % kDown != 0 && row() + r >= Tile::kRows) return;
+    const bool read = row() + r < rows && (kDim == Tile::kCols || (c + chunk()) * 8 < kDim);
+    ptx::cp_async_16(tile + u32(row() * Tile::kStride + chunk() * 16) + u32(r * Tile::kStride + c * 16),
+                     from + r * row_stride + c * 8, read ? 16u : 0u);
+  }
+  template <int kDim>
+  __device__ __forceinline__ static void load(u32 tile, const u16* from, i64 row_stride, int rows) {
 #pragma unroll
-    for (int r = 0; r < Tile::kRows; r += kDown) {
-      if (Tile::kRows % kDown != 0 && row() + r >= Tile::kRows) break;
-      const bool exists = row() + r < rows;
-#pragma unroll
-      for (int c = 0; c < kChunks; c += kAcross) {
-        const bool read = exists && (kDim == Tile::kCols || (c + chunk()) * 8 < kDim);
-        ptx::cp_async_16(to + u32(r * Tile::kStride + c * 16), read ? from + c * 8 : mapped, read ? 16u : 0u);
-      }
-      from += kDown * row_stride;
-    }
+    for (int piece = 0; piece < kPieces; ++piece) load_piece<kDim>(piece, tile, from, row_stride, rows);
   }
 };
 
@@ -65,16 +65,25 @@ __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
 }
 
 // acc += A B over depth kK. load_a(k, a) gives the left operands of a k step. kBTrans: B lies as [k, n], else as [n,
-// k]. Blocks of 16 columns from `blocks` on do not exist where kRagged.
-template <DType kType, class TileB, bool kBTrans, int kK, bool kRagged, int kM, int kN, class LoadA>
-__device__ __forceinline__ void gemm_steps(Fragment<kM, kN>& acc, LoadA load_a, u32 b, int blocks) {
+// k]. Blocks of 16 columns from `blocks` on do not exist where kRagged. between(step) runs after each of the kK / 16 *
+// kN / 16 steps: work for units that the products leave idle.
+struct Nothing {
+  __device__ __forceinline__ void operator()(int) const {}
+};
+template <DType kType, class TileB, bool kBTrans, int kK, bool kRagged, int kM, int kN, class LoadA,
+          class Between = Nothing>
+__device__ __forceinline__ void gemm_steps(Fragment<kM, kN>& acc, LoadA load_a, u32 b, int blocks,
+                                           Between between = {}) {
 #pragma unroll
   for (int k = 0; k < kK / 16; ++k) {
     u32 ra[kM / 16][4];
     load_a(k, ra);
 #pragma unroll
     for (int n = 0; n < kN / 16; ++n) {
-      if (kRagged && n >= blocks) continue;
+      if (kRagged && n >= blocks) {
+        between(k * (kN / 16) + n);
+        continue;
+      }
       u32 rb[4];
       load_matrices<kBTrans>(rb,
                              b + u32(kBTrans ? k * 16 * TileB::kStride + n * 32 : n * 16 * TileB::kStride + k * 32));
@@ -83,20 +92,22 @@ __device__ __forceinline__ void gemm_steps(Fragment<kM, kN>& acc, LoadA load_a, 
         ptx::mma_m16n8k16<kType>(acc.x[m][2 * n], ra[m], rb[0], rb[1]);
         ptx::mma_m16n8k16<kType>(acc.x[m][2 * n + 1], ra[m], rb[2], rb[3]);
       }
+      between(k * (kN / 16) + n);
     }
   }
 }
 
 // The same with both in shared memory. kATrans: A lies as [k, m].
-template <DType kType, class TileA, bool kATrans, class TileB, bool kBTrans, int kK, bool kRagged, int kM, int kN>
-__device__ __forceinline__ void gemm(Fragment<kM, kN>& acc, u32 a, u32 b, int blocks) {
+template <DType kType, class TileA, bool kATrans, class TileB, bool kBTrans, int kK, bool kRagged, int kM, int kN,
+          class Between = Nothing>
+__device__ __forceinline__ void gemm(Fragment<kM, kN>& acc, u32 a, u32 b, int blocks, Between between = {}) {
   const auto load_a = [&](int k, u32(&ra)[kM / 16][4]) {
 #pragma unroll
     for (int m = 0; m < kM / 16; ++m)
       load_matrices<kATrans>(ra[m],
                              a + u32(kATrans ? k * 16 * TileA::kStride + m * 32 : m * 16 * TileA::kStride + k * 32));
   };
-  gemm_steps<kType, TileB, kBTrans, kK, kRagged>(acc, load_a, b, blocks);
+  gemm_steps<kType, TileB, kBTrans, kK, kRagged>(acc, load_a, b, blocks, between);
 }
 
 // The same with A in registers.
@@ -118,8 +129,9 @@ constexpr bool kAddsVectors = true;
 #else
 constexpr bool kAddsVectors = false;
 #endif
-__device__ __forceinline__ int dq_slot(int piece, int e) {
-  return kAddsVectors ? (piece * 32 + lane_id()) * 4 + e : (piece * 4 + e) * 32 + lane_id();
+__device__ __forceinline__ constexpr int dq_slot(int piece, int e) {  // from dq_lane()
+  return kAddsVectors ? piece * 128 + e : (piece * 4 + e) * 32;
 }
+__device__ __forceinline__ int dq_lane() { return kAddsVectors ? lane_id() * 4 : lane_id(); }
 
 }  // namespace strobe

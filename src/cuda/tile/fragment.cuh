@@ -83,12 +83,12 @@ __device__ __forceinline__ void load_b_trans(u32 (&b)[4], const Tile& tile, int 
 
 // The addresses of the four functions above at (0, 0), for loops that move them (SmemTile::moved).
 template <class Tile>
-__device__ __forceinline__ u32 lane_address_k(const Tile& tile) {  // load_a_trans, load_b
-  return tile.address(lane_id() % 8 + lane_id() / 16 * 8, lane_id() / 8 % 2 * 8);
+__device__ __forceinline__ u32 lane_address_k(const Tile& tile, int lane = lane_id()) {  // load_a_trans, load_b
+  return tile.address(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
 }
 template <class Tile>
-__device__ __forceinline__ u32 lane_address_m(const Tile& tile) {  // load_a, load_b_trans
-  return tile.address(lane_id() % 16, lane_id() / 16 * 8);
+__device__ __forceinline__ u32 lane_address_m(const Tile& tile, int lane = lane_id()) {  // load_a, load_b_trans
+  return tile.address(lane % 16, lane / 16 * 8);
 }
 
 // Sum and maximum over the four lanes that share a row.

@@ -1,0 +1,84 @@
+"""Checks the order of instructions in Hopper kernels, without a GPU: the exponentials of a tile must stand between the
+wait for its scores and the wait for the output, else nothing runs under the multiplication by V. Neither a warning nor
+a wrong result tells when the assembler moved that wait.
+
+usage: check_sass.py [--share 1.0] CUBIN...     needs nvdisasm (pip install nvidia-cuda-nvdisasm, or a CUDA toolkit)
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);")
+# What the loop's order is made of.
+SCORES_WAIT, OUTPUT_WAIT, EXPONENTIAL, MULTIPLY = "scores", "output", "ex2", "gemm"
+
+
+def find_nvdisasm() -> str:
+    beside = (Path(site) / "nvidia/cu13/bin/nvdisasm" for site in sys.path)
+    found = shutil.which("nvdisasm") or next((str(file) for file in beside if file.exists()), None)
+    return found or sys.exit("check_sass.py: there is no nvdisasm: pip install nvidia-cuda-nvdisasm")
+
+
+def disassemble(nvdisasm: str, cubin: Path) -> str:
+    """Of an image, or of a file of the kernel cache, where the image follows a header."""
+    content = cubin.read_bytes()
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as image:
+        image.write(content[content.index(b"\x7fELF") :])
+        image.flush()
+        return subprocess.run([nvdisasm, "-c", image.name], check=True, capture_output=True, text=True).stdout
+
+
+def events(sass: str) -> list[str]:
+    found = []
+    for operation, operands in INSTRUCTION.findall(sass):
+        if operation.startswith("WARPGROUP.DEPBAR"):
+            found.append(SCORES_WAIT if "0x1" in operands else OUTPUT_WAIT)
+        elif operation.startswith("MUFU.EX2"):
+            found.append(EXPONENTIAL)
+        elif operation.startswith("HGMMA"):
+            found.append(MULTIPLY)
+    return found
+
+
+def shares(found: list[str]) -> list[float]:
+    """Of each loop body: the share of its exponentials that stand before the wait for the output."""
+    result = []
+    for start, event in enumerate(found):
+        if event != SCORES_WAIT:
+            continue
+        counts = {True: 0, False: 0}
+        under = True
+        for following in found[start + 1 :]:
+            if following in (SCORES_WAIT, MULTIPLY):
+                break
+            if following == OUTPUT_WAIT:
+                under = False
+            elif following == EXPONENTIAL:
+                counts[under] += 1
+        result.append(counts[True] / max(1, counts[True] + counts[False]))
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--share", type=float, default=1.0)
+    parser.add_argument("cubins", nargs="+", type=Path)
+    options = parser.parse_args()
+    nvdisasm = find_nvdisasm()
+    failed = 0
+    for cubin in options.cubins:
+        found = shares(events(disassemble(nvdisasm, cubin)))
+        bad = not found or min(found) < options.share
+        failed += bad
+        text = ", ".join(f"{share:.2f}" for share in found) or "no loop was found"
+        print(f"{cubin.name}: exponentials before the wait for the output: {text}{' FAILED' if bad else ''}")
+    return failed != 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

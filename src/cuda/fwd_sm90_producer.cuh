@@ -1,0 +1,210 @@
+// The producer warp of fwd_sm90: takes tiles, publishes them as work items and keeps tensor copies of K and V ahead of
+// the consumers.
+#pragma once
+
+#include "cuda/fwd_sm90_work.cuh"
+#include "cuda/ptx/tma.cuh"
+
+namespace strobe {
+
+// Where everything lies in shared memory, as 32-bit addresses.
+template <FwdSm90Config C>
+struct Sm90Shared {
+  static constexpr u32 kKeys = u32(query_bytes(C)), kValues = kKeys + u32(C.stages * key_bytes(C));
+  static constexpr u32 kBounds = u32(tile_bytes(C)), kWork = kBounds + u32(bounds_bytes(C));
+  static constexpr u32 kBarriers = kWork + u32(kWorkSlots * kWorkBytes);
+
+  unsigned char* base;
+  u32 at;
+
+  __device__ __forceinline__ u32 q(int warpgroup) const { return at + u32(warpgroup * 64 * panels(C.head_dim) * 128); }
+  __device__ __forceinline__ u32 k(u32 stage) const { return at + kKeys + stage * u32(key_bytes(C)); }
+  __device__ __forceinline__ u32 v(u32 stage) const { return at + kValues + stage * u32(value_bytes(C)); }
+  __device__ __forceinline__ RowKeys* bounds() const { return reinterpret_cast<RowKeys*>(base + kBounds); }
+  __device__ __forceinline__ Sm90Work& work(u32 item) const {
+    return *reinterpret_cast<Sm90Work*>(base + kWork + item % kWorkSlots * u32(kWorkBytes));
+  }
+  __device__ __forceinline__ u32 q_full() const { return at + kBarriers; }
+  __device__ __forceinline__ u32 q_free() const { return at + kBarriers + 8; }
+  __device__ __forceinline__ u32 k_full(u32 stage) const { return at + kBarriers + 16 + stage * 32; }
+  __device__ __forceinline__ u32 k_free(u32 stage) const { return k_full(stage) + 8; }
+  __device__ __forceinline__ u32 v_full(u32 stage) const { return k_full(stage) + 16; }
+  __device__ __forceinline__ u32 v_free(u32 stage) const { return k_full(stage) + 24; }
+};
+
+// A position in a ring of stages, and the parity of its barriers' phase.
+template <int kStages>
+struct Sm90Ring {
+  u32 stage = 0, parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// The tiles of a walk in the order in which they are loaded: from the last to the first.
+struct Sm90Queue {
+  i32 next, begin, kept_begin, kept_end;
+  __device__ __forceinline__ explicit Sm90Queue(const Sm90Work& work)
+      : next(work.end[1]), begin(work.begin[1]), kept_begin(work.begin[0]), kept_end(work.end[0]) {}
+  __device__ __forceinline__ i32 take() {
+    if (next == begin) next = kept_end, begin = kept_begin;
+    return --next;
+  }
+};
+
+// Tiles before an item's end at which the next item is taken.
+constexpr i32 kTilesAhead = 2;
+
+// Takes the scheduler's tile apart into the work item's slot. In steps through shared memory, since the producer has
+// few registers: a SeqInfo and a Walk at once would not fit.
+template <FwdSm90Config C>
+__device__ __forceinline__ void prepare(const FwdSm90Launch& launch, Sm90Scheduler<C>& scheduler, Sm90Work& work) {
+  const AttnParams& p = launch.p;
+  const Sm90Tile tile = scheduler.tile(launch);
+  if (lane_id() == 0 && tile.batch < 0) work.first_row = -1;
+  const i32 group = C.pack ? i32(launch.group.divisor) : 1;
+  const auto token_of = [&](i32 row) { return C.pack ? i32(launch.group.quotient(u32(row))) : row; };
+  const i32 first_row = tile.m_block * C.block_m, first_token = token_of(first_row), head = tile.group * group;
+  if (lane_id() == 0 && tile.batch >= 0) {
+    const SeqInfo seq = SeqInfo::of(p, tile.batch);
+    work.mask = mask_of(p, seq);
+    if constexpr (C.split != 0) {
+      work.out = (tile.split * p.num_heads + head) * p.total_q + seq.q_batch * p.seqlen_q + seq.q_begin;
+    } else {
+      work.out = seq.q_index(p.out, first_token, head);
+      work.lse = seq.lse_index(p, first_token, head);
+    }
+    work.first_row = first_row;
+    work.rows_q = i32(seq.rows_q);
+    work.batch = tile.batch;
+    work.head = head;
+    work.head_k = i32(launch.heads_per_k.quotient(u32(head)));
+    work.head_v = i32(launch.heads_per_v.quotient(u32(head)));
+    work.q_batch = i32(seq.q_batch);
+    work.q_row = i32(seq.q_begin) + first_token;
+    work.k_batch = i32(seq.k_batch);
+    work.k_row = i32(seq.k_begin);
+  }
+  __syncwarp();
+  if (lane_id() == 0 && tile.batch >= 0) {
+    Walk walk = work.mask.visit(first_token, token_of(first_row + C.block_m - 1) + 1, C.block_n);
+    if constexpr (C.split != 0) {
+      const i64 share = max<i64>(1, ceil_div<i64>(walk.tiles(), launch.splits));
+      walk = split(walk, tile.split * share, (tile.split + 1) * share);
+    }
+    work.tiles = i32(walk.tiles());
+    i32 end = 0;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      work.begin[r] = i32(walk.run[r].begin);
+      work.full_begin[r] = i32(walk.run[r].full_begin);
+      work.full_end[r] = i32(walk.run[r].full_end);
+      work.end[r] = i32(walk.run[r].end);
+      if (walk.run[r].end > walk.run[r].begin) end = i32(walk.run[r].end);
+    }
+    // Only a sequence's last tile reaches beyond its keys. What follows them there is another sequence's, or unused
+    // memory: the tensor map makes zeros only of what lies outside of the tensor.
+    const i32 keys = i32(work.mask.seqlen_k), in_tile = keys - (end - 1) * C.block_n;
+    const bool more = C.paged != 0 || work.k_row + keys < launch.rows_k;
+    work.stale = more && in_tile < C.block_n ? in_tile : C.block_n;
+  }
+  __syncwarp();
+}
+
+template <FwdSm90Config C>
+__device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90Shared<C>& shared) {
+  const AttnParams& p = launch.p;
+  const int lane = lane_id();
+  if (lane == 0) {
+    ptx::prefetch_tensormap(launch.q);
+    ptx::prefetch_tensormap(launch.k);
+    ptx::prefetch_tensormap(launch.v);
+  }
+  Sm90Scheduler<C> scheduler;
+  scheduler.start(launch);
+  Sm90Ring<C.stages> k_ring, v_ring;
+  k_ring.parity = v_ring.parity = 1;  // every stage is free
+  prepare(launch, scheduler, shared.work(0));
+#pragma unroll 1
+  for (u32 item = 0;; ++item) {
+    const Sm90Work& work = shared.work(item);
+    // Lanes wait together and go on together: one that is late could sleep through a whole phase of a barrier.
+    const auto wait = [](u32 barrier, u32 parity) {
+      ptx::mbarrier_try_wait(barrier, parity);
+      __syncwarp();
+    };
+    if (work.first_row < 0) {
+      wait(shared.q_free(), (item & 1) ^ 1);
+      if (lane == 0) ptx::mbarrier_arrive(shared.q_full());
+      break;
+    }
+    const auto load = [&](const TensorMap& map, u32 to, u32 full, i32 key_tile, i32 head, auto dim) {
+      constexpr int kPanels = panels(dim.value);
+      if (lane == 0) ptx::mbarrier_expect_tx(full, u32(C.block_n * kPanels * 128));
+      if constexpr (C.paged != 0) {
+        __syncwarp();
+        if (lane < C.block_n / C.paged) {
+          const i32* const pages = p.page_table + work.batch * p.page_table_stride;
+          const u32 row = u32(key_tile * C.block_n + lane * C.paged), column = launch.page.quotient(row);
+          const i32 page = pages[min(i64(column), p.max_pages - 1)];
+          const i32 at = max(0, min(page, i32(p.num_pages) - 1)), in_page = i32(row - column * launch.page.divisor);
+#pragma unroll
+          for (int c = 0; c < kPanels; ++c)
+            ptx::tma_load(to + u32((c * C.block_n + lane * C.paged) * 128), map, full, c * 64, in_page, head, at);
+        }
+      } else if (lane == 0) {
+#pragma unroll
+        for (int c = 0; c < kPanels; ++c)
+          ptx::tma_load(to + u32(c * C.block_n * 128), map, full, c * 64, work.k_row + key_tile * C.block_n, head,
+                        work.k_batch);
+      }
+    };
+    const auto load_k = [&](i32 key_tile) {
+      const u32 stage = k_ring.stage;
+      wait(shared.k_free(stage), k_ring.parity);
+      load(launch.k, shared.k(stage), shared.k_full(stage), key_tile, work.head_k, Int<C.head_dim>{});
+      k_ring.advance();
+    };
+    const auto load_v = [&](i32 key_tile) {
+      const u32 stage = v_ring.stage;
+      wait(shared.v_free(stage), v_ring.parity);
+      load(launch.v, shared.v(stage), shared.v_full(stage), key_tile, work.head_v, Int<C.head_dim_v>{});
+      v_ring.advance();
+    };
+
+    const i32 tiles = work.tiles;
+    Sm90Queue queue(work);
+    i32 last = 0;
+    if (tiles > 0) load_k(last = queue.take());  // before Q: its stage is free a step earlier
+    wait(shared.q_free(), (item & 1) ^ 1);
+    if (lane == 0) {
+      ptx::mbarrier_expect_tx(shared.q_full(), u32(query_bytes(C)));
+      const i32 tokens = C.pack ? i32(launch.group.quotient(64)) : 64;  // of a warpgroup
+#pragma unroll
+      for (int w = 0; w < consumers(C); ++w)
+#pragma unroll
+        for (int c = 0; c < panels(C.head_dim); ++c)
+          ptx::tma_load(shared.q(w) + c * 64 * 128, launch.q, shared.q_full(), c * 64, work.head,
+                        work.q_row + w * tokens, work.q_batch);
+    }
+    // The next item is taken while the last tiles wait for a free stage: not sooner, since a block that is still busy
+    // must not hold work that an idle one could do, and not later, since finding its tiles takes as long as computing
+    // one.
+    const i32 early = max(1, tiles - kTilesAhead);
+#pragma unroll 1
+    for (i32 n = 1;; ++n) {
+      if (n == early) {
+        scheduler.fetch(launch);
+        prepare(launch, scheduler, shared.work(item + 1));
+      }
+      if (n >= tiles) break;
+      const i32 next = queue.take();
+      load_k(next);
+      load_v(last);
+      last = next;
+    }
+    if (tiles > 0) load_v(last);
+  }
+}
+
+}  // namespace strobe

@@ -1,0 +1,118 @@
+// Which rows, heads and keys a thread block of fwd_sm90 works on next. Only the producer warp asks; it tells the
+// consumers through shared memory.
+#pragma once
+
+#include "core/config_sm90.h"
+#include "core/launch_sm90.h"
+#include "core/mask.h"
+#include "core/seqlen.h"
+#include "cuda/apply.cuh"
+
+namespace strobe {
+
+// A number known when compiled, handed to a lambda.
+template <int kValue>
+struct Int {
+  static constexpr int value = kValue;
+};
+
+// A tile's number, taken apart.
+struct Sm90Tile {
+  i32 batch, group, m_block, split;  // batch < 0: there are no more tiles
+};
+
+// Deals out tiles, in rising order, to the blocks of a persistent grid.
+template <FwdSm90Config C>
+struct Sm90Scheduler {
+  u32 number;              // the tile to work on
+  i32 first_batch, dealt;  // packed: sequences from first_batch on begin at tile `dealt`
+
+  __device__ __forceinline__ void start(const FwdSm90Launch& launch) {
+    first_batch = dealt = 0;
+    number = blockIdx.x;
+    if (launch.counter) fetch(launch);
+  }
+  // Called when the last tile's loads are issued: a block that is still busy must not take another one.
+  __device__ __forceinline__ void fetch(const FwdSm90Launch& launch) {
+    if (launch.counter) {
+      u32 n = 0;
+      if (lane_id() == 0) n = atomicAdd(launch.counter, 1u);
+      number = __shfl_sync(0xffffffffu, n, 0);
+    } else {
+      number += gridDim.x;
+    }
+  }
+
+  __device__ __forceinline__ Sm90Tile tile(const FwdSm90Launch& launch) {
+    if constexpr (C.packed != 0) {
+      return packed_tile(launch);
+    } else {
+      if (number >= u32(launch.tiles)) return {-1, 0, 0, 0};
+      u32 n = number;
+      i32 split = 0;
+      if constexpr (C.split != 0) {
+        split = i32(n % u32(launch.splits));
+        n /= u32(launch.splits);
+      }
+      const u32 whole = u32(launch.section) * u32(launch.m_blocks), section = n / whole, rest = n - section * whole;
+      const u32 all = u32(launch.groups) * u32(launch.p.batch);
+      const u32 wide = min(u32(launch.section), all - section * u32(launch.section));
+      const u32 row = rest / wide, head = section * u32(launch.section) + rest - row * wide;
+      const u32 batch = head / u32(launch.groups);
+      return {i32(batch), i32(head - batch * u32(launch.groups)), launch.m_blocks - 1 - i32(row), split};
+    }
+  }
+
+  // Lanes look at 32 sequences at a time. Within a sequence the last row blocks of all heads come first.
+  __device__ __forceinline__ Sm90Tile packed_tile(const FwdSm90Launch& launch) {
+    const i32 batches = i32(launch.p.batch), per_block = launch.groups * (C.split ? launch.splits : 1);
+    for (; first_batch < batches; first_batch += 32) {
+      const i32 b = first_batch + lane_id();
+      i32 blocks = 0;
+      if (b < batches) {
+        const i32 rows = i32(SeqInfo::of(launch.p, b).rows_q) * (C.pack ? i32(launch.group.divisor) : 1);
+        blocks = (rows + C.block_m - 1) / C.block_m;
+      }
+      i32 end = blocks * per_block;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const i32 before = __shfl_up_sync(0xffffffffu, end, step);
+        if (lane_id() >= step) end += before;
+      }
+      const i32 wanted = i32(number) - dealt;
+      const u32 beyond = __ballot_sync(0xffffffffu, end > wanted);
+      if (beyond == 0) {
+        dealt += __shfl_sync(0xffffffffu, end, 31);
+        continue;
+      }
+      const int lane = __ffs(int(beyond)) - 1;
+      const i32 m_blocks = __shfl_sync(0xffffffffu, blocks, lane);
+      u32 rest = u32(wanted - (__shfl_sync(0xffffffffu, end, lane) - m_blocks * per_block));
+      i32 split = 0;
+      if constexpr (C.split != 0) {
+        split = i32(rest % u32(launch.splits));
+        rest /= u32(launch.splits);
+      }
+      const u32 row = rest / u32(launch.groups);
+      return {first_batch + lane, i32(rest - row * u32(launch.groups)), m_blocks - 1 - i32(row), split};
+    }
+    return {-1, 0, 0, 0};
+  }
+};
+
+// What the consumers need to know of a work item.
+struct Sm90Work {
+  Mask mask;     // for the bounds of the rows
+  i64 out, lse;  // offsets of the first row and head; split: of its row in the partial results
+  i32 begin[2], full_begin[2], full_end[2], end[2];  // the walk's runs
+  i32 first_row;  // packed rows: token * group + head within the group; -1: there is no more work
+  i32 tiles;      // of the walk
+  i32 rows_q;     // rows that exist
+  i32 head;       // the first of the group
+  i32 stale;      // rows of V in the first tile that must not be read begin here
+  i32 batch, head_k, head_v;
+  i32 q_batch, q_row, k_batch, k_row;  // where the item's queries and the sequence's keys begin
+};
+static_assert(sizeof(Sm90Work) <= kWorkBytes);
+
+}  // namespace strobe

@@ -1,0 +1,284 @@
+// The Hopper forward kernel itself, run without a GPU by tests/emulator: random problems against the definition, with
+// copies and multiplications that land at random times. What it shows: no thread waits for ever, nothing is read before
+// it has landed or overwritten before it has been read, every row is written, nothing behind a length is used.
+#include <cstring>
+#include <string>
+
+#include "core/seqlen.h"
+#include "core/softmax.h"
+#include "cuda/fwd_sm90.cuh"
+#include "host/device.h"
+#include "host/jit.h"
+#include "host/plan_sm90.h"
+
+namespace {
+
+using namespace strobe;
+using namespace strobe::host;
+
+std::mt19937 rng;
+int below(int n) { return int(rng() % unsigned(n)); }
+int pick(std::initializer_list<int> list) { return list.begin()[below(int(list.size()))]; }
+
+constexpr u16 kNan = 0x7fff;
+
+// Rows with room around them, NaN wherever nothing was written.
+struct Tensor {
+  std::vector<u16> storage;
+  Rows rows;
+  Tensor(i64 batches, i64 length, i64 heads, i64 dim, bool packed) {
+    const i64 head = dim + pick({0, 8}), row = heads * head + pick({0, 16}), batch = (length + below(3)) * row;
+    storage.assign(size_t(batches * batch + 64), kNan);
+    u16* data = storage.data();
+    while (reinterpret_cast<uintptr_t>(data) % 16) ++data;
+    rows = {data, packed ? 0 : batch, row, head};
+  }
+  u16* at(i64 batch, i64 row, i64 head) const {
+    return static_cast<u16*>(rows.data) + batch * rows.batch_stride + row * rows.row_stride + head * rows.head_stride;
+  }
+};
+
+struct Problem {
+  AttnParams p;
+  std::vector<Tensor> tensors;  // q, k, v, out
+  std::vector<i32> cu_q, cu_k, used_q, used_k, leftpad, full_from, table;
+  std::vector<float> lse, sinks;
+  std::string text;
+};
+
+void fill_row(u16* at, i64 dim) {
+  std::normal_distribution<float> normal;
+  for (i64 c = 0; c < dim; ++c) at[c] = ptx::narrow(normal(rng));
+}
+
+Problem make(const FwdSm90Config& c) {
+  Problem problem;
+  AttnParams& p = problem.p;
+  p.dtype = DType::bf16;
+  p.head_dim = c.head_dim, p.head_dim_v = c.head_dim_v;
+  p.batch = 1 + below(3);
+  p.num_heads_k = p.num_heads_v = 1 + below(2);
+  p.num_heads = c.pack ? 4 * p.num_heads_k : p.num_heads_k;
+  if (!c.pack && below(2)) p.num_heads = p.num_heads_k = 2, p.num_heads_v = 1;
+  p.seqlen_q = c.pack ? 1 + below(50) : pick({1, 17, 64, 130, 200, 260, 300});
+  p.seqlen_k = pick({1, 31, 64, 100, 200, 333}) + (c.split ? 300 : 0);
+  p.scale = 1.f / std::sqrt(float(c.head_dim));
+  p.softcap = c.softcap ? 3.f : 0.f;
+  p.causal = below(2);
+  if (below(2)) p.window_left = pick({0, 5, 40, 100});
+  if (!p.causal && below(3) == 0) p.window_right = pick({0, 7, 60});
+  if (p.window_left >= 0 && below(2)) p.keep_first = pick({1, 4, 70});
+  p.force_fa_decode = below(4) == 0;
+  i64 rows_q = p.batch * p.seqlen_q, pages = 0;
+  if (c.packed) {
+    problem.cu_q = problem.cu_k = {0};
+    for (i64 b = 0; b < p.batch; ++b) {
+      problem.cu_q.push_back(problem.cu_q[size_t(b)] + (b ? below(int(p.seqlen_q) + 1) : i32(p.seqlen_q)));
+      problem.cu_k.push_back(problem.cu_k[size_t(b)] + (b ? below(int(p.seqlen_k) + 1) : i32(p.seqlen_k)));
+    }
+    p.cu_seqlens_q = problem.cu_q.data(), p.cu_seqlens_k = problem.cu_k.data();
+    rows_q = problem.cu_q.back();
+    p.total_k = problem.cu_k.back();
+  } else if (c.paged) {
+    p.page_size = c.paged * pick({1, 3});
+    p.max_pages = p.page_table_stride = ceil_div(p.seqlen_k, p.page_size);
+    p.seqlen_k = p.max_pages * p.page_size;
+    p.num_pages = pages = p.batch * p.max_pages + 2;
+    for (i64 i = 0; i < p.batch * p.max_pages; ++i) problem.table.push_back(i32((i * 7 + 3) % pages));
+  }
+  p.total_q = rows_q;
+  const bool uses = c.paged || below(3) == 0;
+  for (i64 b = 0; b < p.batch; ++b) {
+    problem.used_k.push_back(below(int(p.seqlen_k) + 1));
+    problem.used_q.push_back(below(int(p.seqlen_q) + 1));
+    problem.leftpad.push_back(below(9));
+    problem.full_from.push_back(below(int(p.seqlen_q) + 2));
+  }
+  if (uses) p.seqused_k = problem.used_k.data();
+  if (below(4) == 0) p.seqused_q = problem.used_q.data();
+  if (!c.paged && !c.packed && below(4) == 0) p.leftpad_k = problem.leftpad.data();
+  if (below(4) == 0) p.full_from = problem.full_from.data();
+  if (c.paged) p.page_table = problem.table.data();
+
+  const i64 q_batches = c.packed ? 1 : p.batch, q_length = c.packed ? rows_q : p.seqlen_q;
+  const i64 k_batches = c.packed ? 1 : c.paged ? pages : p.batch;
+  const i64 k_length = c.packed ? p.total_k : c.paged ? p.page_size : p.seqlen_k;
+  problem.tensors.emplace_back(q_batches, q_length, p.num_heads, c.head_dim, c.packed);
+  problem.tensors.emplace_back(k_batches, k_length, p.num_heads_k, c.head_dim, c.packed);
+  problem.tensors.emplace_back(k_batches, k_length, p.num_heads_v, c.head_dim_v, c.packed);
+  problem.tensors.emplace_back(q_batches, q_length, p.num_heads, c.head_dim_v, c.packed);
+  p.q = problem.tensors[0].rows, p.k = problem.tensors[1].rows;
+  p.v = problem.tensors[2].rows, p.out = problem.tensors[3].rows;
+  p.lse_head_stride = c.packed ? rows_q : p.seqlen_q;
+  p.lse_batch_stride = c.packed ? 0 : p.num_heads * p.seqlen_q;
+  problem.lse.assign(size_t(p.num_heads * rows_q), NAN);
+  p.lse = problem.lse.data();
+  if (below(3) == 0) {
+    for (i64 h = 0; h < p.num_heads; ++h) problem.sinks.push_back(float(below(5)) - 2.f);
+    p.s_aux = problem.sinks.data();
+  }
+  // Only what takes part is a number.
+  for (i64 b = 0; b < p.batch; ++b) {
+    const SeqInfo seq = SeqInfo::of(p, b);
+    for (i64 i = 0; i < seq.seqlen_q; ++i)
+      for (i64 h = 0; h < p.num_heads; ++h) fill_row(static_cast<u16*>(p.q.data) + seq.q_index(p.q, i, h), c.head_dim);
+    for (i64 j = 0; j < seq.seqlen_k; ++j) {
+      for (i64 h = 0; h < p.num_heads_k; ++h)
+        fill_row(static_cast<u16*>(p.k.data) + seq.k_index(p.k, j, h), c.head_dim);
+      for (i64 h = 0; h < p.num_heads_v; ++h)
+        fill_row(static_cast<u16*>(p.v.data) + seq.k_index(p.v, j, h), c.head_dim_v);
+    }
+  }
+  problem.text = "batch " + std::to_string(p.batch) + " heads " + std::to_string(p.num_heads) + "/" +
+                 std::to_string(p.num_heads_k) + "/" + std::to_string(p.num_heads_v) + " seqlens " +
+                 std::to_string(p.seqlen_q) + ", " + std::to_string(p.seqlen_k) + " causal " +
+                 std::to_string(p.causal) + " window " + std::to_string(p.window_left) + ", " +
+                 std::to_string(p.window_right) + " keep_first " + std::to_string(p.keep_first);
+  return problem;
+}
+
+// What the second kernel of a split call does with the partial results.
+void combine_parts(const AttnParams& p, const FwdSm90Launch& launch, int splits) {
+  for (i64 b = 0; b < p.batch; ++b) {
+    const SeqInfo seq = SeqInfo::of(p, b);
+    for (i64 i = 0; i < seq.rows_q; ++i)
+      for (i64 h = 0; h < p.num_heads; ++h) {
+        RowState row;
+        std::vector<float> sum(size_t(p.head_dim_v));
+        for (int s = 0; i < seq.seqlen_q && s < splits; ++s) {
+          const i64 at = (s * p.num_heads + h) * p.total_q + seq.q_batch * p.seqlen_q + seq.q_begin + i;
+          const RowState part = {launch.partial_state[at * 2], launch.partial_state[at * 2 + 1]};
+          const MergeFactors factors = merge(row, part);
+          for (i64 c = 0; c < p.head_dim_v; ++c) {
+            const float x = part.sum == 0.f ? 0.f : launch.partial_out[at * p.head_dim_v + c] * factors.b;
+            sum[size_t(c)] = sum[size_t(c)] * factors.a + x;
+          }
+        }
+        RowResult result = {0.f, kInfinity};
+        if (i < seq.seqlen_q) result = finalize(row, p.s_aux ? p.s_aux + h : nullptr);
+        p.lse[seq.lse_index(p, i, h)] = result.lse;
+        u16* const out = static_cast<u16*>(p.out.data) + seq.q_index(p.out, i, h);
+        for (i64 c = 0; c < p.head_dim_v; ++c)
+          out[c] = ptx::narrow(result.scale == 0.f ? 0.f : sum[size_t(c)] * result.scale);
+      }
+  }
+}
+
+// The largest error, in units of what rounding to bfloat16 explains; huge where something is not a number.
+double worst_error(const AttnParams& p) {
+  double worst = 0;
+  std::vector<double> scores(size_t(p.seqlen_k) + 1), out(size_t(p.head_dim_v)), bound(size_t(p.head_dim_v));
+  const auto value = [](const Rows& rows, i64 at) {
+    return double(ptx::widen(static_cast<const u16*>(rows.data)[at]));
+  };
+  for (i64 b = 0; b < p.batch; ++b) {
+    const SeqInfo seq = SeqInfo::of(p, b);
+    const Mask mask = mask_of(p, seq);
+    for (i64 i = 0; i < seq.rows_q; ++i)
+      for (i64 h = 0; h < p.num_heads; ++h) {
+        const i64 hk = h / (p.num_heads / p.num_heads_k), hv = h / (p.num_heads / p.num_heads_v);
+        const bool used = i < seq.seqlen_q;
+        double top = p.s_aux && used ? p.s_aux[h] : -INFINITY, sum = 0;
+        for (i64 j = 0; j < seq.seqlen_k; ++j) {
+          scores[size_t(j)] = -INFINITY;
+          if (!used || !mask.visible(i, j)) continue;
+          double s = 0;
+          for (i64 c = 0; c < p.head_dim; ++c)
+            s += value(p.q, seq.q_index(p.q, i, h) + c) * value(p.k, seq.k_index(p.k, j, hk) + c);
+          s *= p.scale;
+          if (p.softcap != 0.f) s = p.softcap * std::tanh(s / p.softcap);
+          scores[size_t(j)] = s;
+          top = std::max(top, s);
+        }
+        out.assign(out.size(), 0), bound.assign(bound.size(), 0);
+        if (p.s_aux && used) sum = std::exp(p.s_aux[h] - top);
+        for (i64 j = 0; j < seq.seqlen_k; ++j) {
+          if (scores[size_t(j)] == -INFINITY) continue;
+          const double x = std::exp(scores[size_t(j)] - top);
+          sum += x;
+          for (i64 c = 0; c < p.head_dim_v; ++c) {
+            const double v = value(p.v, seq.k_index(p.v, j, hv) + c);
+            out[size_t(c)] += x * v, bound[size_t(c)] += x * std::abs(v);
+          }
+        }
+        const float lse = p.lse[seq.lse_index(p, i, h)];
+        if (sum == 0) {
+          if (!(lse == kInfinity)) return 1e9;
+        } else {
+          const double error = std::abs(double(lse) - (top + std::log(sum))) / 1e-4;
+          worst = error == error ? std::max(worst, error) : 1e9;
+        }
+        for (i64 c = 0; c < p.head_dim_v; ++c) {
+          const double got = value(p.out, seq.q_index(p.out, i, h) + c), norm = sum == 0 ? 1 : sum;
+          const double error = std::abs(got - out[size_t(c)] / norm) /
+                               (1e-6 + (bound[size_t(c)] + std::abs(out[size_t(c)])) / norm / 256);
+          worst = error == error ? std::max(worst, error) : 1e9;
+        }
+      }
+  }
+  return worst;
+}
+
+int passed = 0, failed = 0;
+
+template <FwdSm90Config C>
+void run(int problems, unsigned seed) {
+  constexpr FwdSm90Tune kTile = {kAnyRows, 256, 256, 1, C.block_m, C.block_n, C.stages, C.pingpong};
+  for (int n = 0; n < problems; ++n) {
+    rng.seed(seed * 1000 + unsigned(n));
+    Problem problem;
+    Plan plan;
+    // Few shapes are split, or not: others are drawn until the plan has this Config.
+    bool as_planned = false;
+    for (int tries = 0; tries < 100 && !as_planned; ++tries) {
+      problem = make(C);
+      DeviceInfo device = typical_device(90);
+      device.sm_count = C.split ? 64 : 1 + below(3);
+      if (refusal_sm90(problem.p, device)) continue;
+      plan = plan_forward_sm90(problem.p, device, &kTile);
+      as_planned = plan.count > 0 && plan.launches[0].kernel == kernel_ref(kFwdSm90, C);
+    }
+    const AttnParams& p = problem.p;
+    std::vector<float> workspace(size_t(plan.workspace_bytes / 4) + 64, NAN);
+    float* start = workspace.data();
+    while (reinterpret_cast<uintptr_t>(start) % kWorkspaceAlign) ++start;
+    LaunchParams blocks;
+    fill_forward_sm90(p, plan, start, blocks);
+    if (plan.zero_bytes) std::memset(blocks.zero, 0, size_t(plan.zero_bytes));
+    for (int i = 0; i < blocks.box_count; ++i)
+      static_cast<TensorMap*>(blocks.boxes[i].map)->opaque[0] = reinterpret_cast<u64>(&blocks.boxes[i]);
+    const auto& launch = *reinterpret_cast<const FwdSm90Launch*>(blocks.blocks[0]);
+    emulator::Block block(rng());
+    bool ended = as_planned;
+    for (u32 i = 0; ended && i < plan.launches[0].grid[0]; ++i)
+      ended = block.run(u32(threads(C)), i, plan.launches[0].grid[0], [&] { fwd_sm90<C>(launch); });
+    if (ended && C.split) combine_parts(p, launch, plan.num_splits);
+    const double error = ended ? worst_error(p) : 0;
+    const bool good = ended && error <= 1;
+    good ? ++passed : ++failed;
+    if (!good)
+      std::printf("FAILED %s, problem %d: %s: %s %g\n", describe(kernel_ref(kFwdSm90, C)).c_str(), n,
+                  problem.text.c_str(),
+                  !as_planned ? "the plan has another Config"
+                  : ended     ? "error"
+                              : "threads wait for each other",
+                  error);
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int problems = count > 1 ? std::atoi(arguments[1]) : 6;
+  // dtype, dims, block_m, block_n, stages, pingpong, packed, paged, split, pack, softcap
+  run<FwdSm90Config{3, 64, 64, 128, 32, 2, 1}>(problems, 1);
+  run<FwdSm90Config{3, 64, 64, 192, 48, 2, 1}>(problems, 2);
+  run<FwdSm90Config{3, 40, 72, 128, 48, 2, 0, 0, 0, 0, 0, 1}>(problems, 3);
+  run<FwdSm90Config{3, 128, 32, 128, 80, 3, 1, 1}>(problems, 4);
+  run<FwdSm90Config{3, 64, 64, 64, 32, 3, 0, 1, 0, 0, 1}>(problems, 5);
+  run<FwdSm90Config{3, 64, 136, 64, 32, 2, 0, 0, 0, 1, 1}>(problems, 6);
+  run<FwdSm90Config{3, 64, 64, 64, 64, 2, 0, 0, 16, 1, 1}>(problems, 7);
+  run<FwdSm90Config{3, 80, 64, 128, 48, 2, 0, 0, 8}>(problems, 8);
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed != 0;
+}

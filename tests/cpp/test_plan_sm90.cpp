@@ -1,0 +1,206 @@
+// Plans of the engine sm90, without a GPU: which calls it takes, that what is launched fits the device, and that the
+// parameter block, the tensor maps and the workspace agree.
+#include <cstdio>
+#include <string>
+
+#include "core/launch_sm90.h"
+#include "host/cuda_engine.h"
+#include "host/device.h"
+#include "host/jit.h"
+#include "host/plan_forward.h"
+#include "host/plan_sm90.h"
+#include "host/problem.h"
+#include "host/tune_sm90.h"
+
+namespace {
+
+using namespace strobe::host;
+using strobe::AttnParams;
+using strobe::DType;
+using strobe::Engine;
+using strobe::FwdSm90Config;
+using strobe::FwdSm90Launch;
+using strobe::i32;
+using strobe::i64;
+using strobe::u32;
+using strobe::u64;
+
+long passed = 0, failed = 0;
+
+void expect(bool held, const char* what, const std::string& call) {
+  held ? ++passed : ++failed;
+  if (!held && failed < 20) std::printf("FAILED %s: %s\n", what, call.c_str());
+}
+
+alignas(256) char memory[4096];
+
+AttnParams dense(i64 batch, i64 seqlen_q, i64 seqlen_k, i64 heads, i64 heads_kv, i64 dim, i64 dim_v) {
+  AttnParams p;
+  p.dtype = DType::bf16;
+  p.batch = batch, p.seqlen_q = seqlen_q, p.seqlen_k = seqlen_k, p.total_q = batch * seqlen_q;
+  p.num_heads = heads, p.num_heads_k = p.num_heads_v = heads_kv, p.head_dim = dim, p.head_dim_v = dim_v;
+  p.scale = 0.125f;
+  const auto rows = [](i64 length, i64 count, i64 width) {
+    return strobe::Rows{memory, length * count * width, count * width, width};
+  };
+  p.q = rows(seqlen_q, heads, dim);
+  p.k = rows(seqlen_k, heads_kv, dim);
+  p.v = rows(seqlen_k, heads_kv, dim_v);
+  p.out = rows(seqlen_q, heads, dim_v);
+  return p;
+}
+
+void pack_sequences(AttnParams& p, i64 total_k) {
+  p.cu_seqlens_q = p.cu_seqlens_k = reinterpret_cast<const i32*>(memory);
+  p.total_k = total_k;
+  p.q.batch_stride = p.k.batch_stride = p.v.batch_stride = p.out.batch_stride = 0;
+}
+
+FwdSm90Config config_of(const Plan& plan) {
+  FwdSm90Config c;
+  i32* const values[] = {&c.dtype,    &c.head_dim, &c.head_dim_v, &c.block_m, &c.block_n, &c.stages,
+                         &c.pingpong, &c.packed,   &c.paged,      &c.split,   &c.pack,    &c.softcap};
+  for (int i = 0; i < 12; ++i) *values[i] = plan.launches[0].kernel.values[i];
+  return c;
+}
+
+// What holds for every plan of this engine.
+void check(const AttnParams& p, const std::string& call) {
+  const DeviceInfo device = typical_device(90);
+  const char* const refusal = refusal_sm90(p, device);
+  expect(refusal == nullptr, refusal ? refusal : "", call);
+  if (refusal) return;
+  const Plan plan = plan_forward_sm90(p, device);
+  const FwdSm90Config c = config_of(plan);
+  expect(valid(c), "a valid Config", call);
+  const Launch& l = plan.launches[0];
+  expect(i64(l.smem) == smem_bytes(c) && smem_bytes(c) <= device.smem_per_block, "shared memory", call);
+  expect(l.threads == u32(threads(c)), "threads", call);
+  expect(l.grid[0] >= 1 && l.grid[0] <= u32(device.sm_count), "a persistent grid", call);
+  const i64 pool = 128 * (producer_registers(c) + consumers(c) * consumer_registers(c));
+  expect(consumers(c) == 1 || pool <= 65536, "registers that are dealt out exist", call);
+
+  alignas(256) static char workspace[256];
+  LaunchParams blocks;
+  fill_forward_sm90(p, plan, workspace, blocks);
+  const auto* forward = reinterpret_cast<const FwdSm90Launch*>(blocks.blocks[0]);
+  const i64 group = forward->group.divisor;
+  expect(64 % group == 0 && (group > 1) == (c.pack != 0), "packed heads divide a warpgroup's rows", call);
+  expect(i64(forward->groups) * group == p.num_heads, "every head has a group", call);
+  expect(i64(forward->m_blocks) * c.block_m >= p.seqlen_q * group, "row blocks cover the rows", call);
+  if (!c.packed) {
+    const i64 tiles = p.batch * forward->groups * forward->m_blocks * plan.num_splits;
+    expect(forward->tiles == tiles, "every tile is dealt out", call);
+    expect(forward->section >= 1 && i64(l.grid[0]) <= tiles, "sections and grid", call);
+  }
+  expect((forward->counter != nullptr) == (plan.zero_bytes > 0), "a counter is cleared before the kernel", call);
+  expect(!forward->counter || (blocks.zero == forward->counter && plan.zero_bytes >= i64(sizeof(u32))),
+         "what is cleared is the counter", call);
+  expect(blocks.box_count == 3, "three tensor maps", call);
+  for (int i = 0; i < blocks.box_count; ++i) {
+    const TensorBox& b = blocks.boxes[i];
+    expect(reinterpret_cast<uintptr_t>(b.map) % 64 == 0, "a map is aligned", call);
+    for (u64 stride : b.strides) expect(stride > 0 && stride % 16 == 0, "strides that copies take", call);
+    for (u32 size : b.box) expect(size >= 1 && size <= 256, "sizes that copies take", call);
+    for (u64 size : b.dims) expect(size >= 1, "no empty dimension", call);
+    expect(b.box[1] * b.box[2] % 8 == 0, "a box is whole groups of 8 rows", call);
+  }
+  const TensorBox& keys = blocks.boxes[1];
+  expect(keys.box[1] == u32(c.paged ? c.paged : c.block_n), "a box of keys is a tile or divides a page", call);
+  if (c.split) {
+    const auto* combine = reinterpret_cast<const strobe::CombineLaunch*>(blocks.blocks[1]);
+    expect(plan.count == 2 && combine->num_splits == plan.num_splits && forward->splits == plan.num_splits,
+           "both kernels know the splits", call);
+  } else {
+    expect(plan.count == 1, "one kernel", call);
+  }
+}
+
+void test_every_shape() {
+  for (i64 dim = 8; dim <= 256; dim += 24) {
+    for (i64 dim_v = 8; dim_v <= 256; dim_v += 8) {
+      for (int mask = 0; mask < 3; ++mask) {
+        AttnParams p = dense(2, mask ? 300 : 40, 777, 12, 4, dim, dim_v);
+        p.causal = mask == 1;
+        if (mask == 2) pack_sequences(p, 1000);
+        check(p, "dims " + std::to_string(dim) + ", " + std::to_string(dim_v) + " mask " + std::to_string(mask));
+      }
+    }
+  }
+  for (i64 page : {8, 16, 24, 64, 256, 1000}) {
+    AttnParams p = dense(3, 1, page * 7, 8, 2, 128, 128);
+    p.page_size = page, p.num_pages = 21, p.max_pages = 7;
+    p.page_table = p.seqused_k = reinterpret_cast<const i32*>(memory);
+    check(p, "pages of " + std::to_string(page));
+  }
+  check(dense(1, 1, 1, 1, 1, 8, 8), "one pair");
+  check(dense(1, 16384, 16384, 16, 16, 128, 128), "one long sequence");
+}
+
+// The engine's own tiles fit every pair of dims that the table says they serve.
+void test_tiles() {
+  for (const FwdSm90Tune& row : kFwdSm90Tune) {
+    const FwdSm90Config c = {i32(DType::bf16), row.max_dim, row.max_dim_v, row.block_m,
+                             row.block_n,      row.stages,  row.pingpong};
+    expect(valid(c) && smem_bytes(c) <= typical_device(90).smem_per_block, "a row of the table fits",
+           "dims " + std::to_string(row.max_dim) + ", " + std::to_string(row.max_dim_v));
+  }
+}
+
+void test_refusals() {
+  const auto says = [](AttnParams p, const char* text, int arch = 90) {
+    p.engine = Engine::sm90;
+    std::string given;
+    try {
+      strobe::cuda::plan(p, typical_device(arch));
+    } catch (const strobe::Error& error) {
+      given = error.what();
+    }
+    expect(given.find(text) != std::string::npos, text, "'" + given + "'");
+  };
+  const AttnParams good = dense(1, 512, 512, 4, 4, 64, 64);
+  AttnParams p = good;
+  says(good, "the GPU is not of compute capability 9.0", 80);
+  says(good, "the GPU is not of compute capability 9.0", 120);
+  p.dropout_p = 0.5f;
+  says(p, "dropout_p is not 0");
+  p = good, p.alibi_slopes = reinterpret_cast<const float*>(memory);
+  says(p, "alibi_slopes are given");
+  p = good, p.scale = -1.f;
+  says(p, "softmax_scale is not positive");
+  p = good, p.k.row_stride += 4;
+  says(p, "strides");
+  p = good, p.v.head_stride = 0;
+  says(p, "strides");
+  p = dense(1, 512, 512, 4, 4, 264, 64);
+  says(p, "larger than 256");
+  p = dense(1, 512, 0, 4, 4, 64, 64);
+  says(p, "there are no keys");
+}
+
+void test_choice() {
+  const auto engine_of = [](const AttnParams& p, int arch) {
+    return strobe::cuda::plan(p, typical_device(arch)).launches[0].kernel.source;
+  };
+  AttnParams p = dense(2, 4096, 4096, 16, 16, 128, 128);
+  expect(engine_of(p, 90) == &kFwdSm90, "a long dense call runs on sm90", "auto");
+  expect(engine_of(p, 80) == &kFwdSm80 && engine_of(p, 100) == &kFwdSm80, "and elsewhere on sm80", "auto");
+  p.engine = Engine::sm80;
+  expect(engine_of(p, 90) == &kFwdSm80, "unless sm80 is asked for", "sm80");
+  p.engine = Engine::any, p.dropout_p = 0.1f;
+  expect(engine_of(p, 90) == &kFwdSm80, "dropout stays with sm80", "auto");
+  p.dropout_p = 0.f, p.k.row_stride += 8, p.k.head_stride = 4;
+  const char* const refusal = refusal_sm90(p, typical_device(90));
+  expect(refusal != nullptr, "odd strides are refused", "strides");
+}
+
+}  // namespace
+
+int main() {
+  test_every_shape();
+  test_tiles();
+  test_refusals();
+  test_choice();
+  std::printf("%ld passed, %ld failed\n", passed, failed);
+  return failed != 0;
+}

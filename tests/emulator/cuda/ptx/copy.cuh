@@ -1,0 +1,32 @@
+// Stands in for src/cuda/ptx/copy.cuh.
+#pragma once
+
+#include "core/base.h"
+#include "device.h"
+
+namespace strobe {
+
+extern unsigned char smem[];
+inline float fmaxf(float a, float b) { return std::fmax(a, b); }
+
+namespace ptx {
+
+inline u32 shared_address(const void* p) {
+  return u32(static_cast<const unsigned char*>(p) - smem) + emulator::kSharedBase;
+}
+inline unsigned char* at(u32 shared, u32 bytes) {
+  if (shared < emulator::kSharedBase || shared + bytes > emulator::kSharedBase + emulator::kSharedBytes) {
+    std::printf("FAILED shared memory is read or written outside of a block's\n");
+    std::exit(1);
+  }
+  return smem + (shared - emulator::kSharedBase);
+}
+inline void st_shared_16(u32 shared, uint4 x) { std::memcpy(at(shared, 16), &x, 16); }
+// Not of this emulator: the declarations that other files need.
+void ldmatrix_x4(u32 (&r)[4], u32 shared);
+void ldmatrix_x4_trans(u32 (&r)[4], u32 shared);
+void st_shared_4(u32 shared, u32 x);
+uint4 ld_shared_16(u32 shared);
+
+}  // namespace ptx
+}  // namespace strobe

@@ -1,0 +1,77 @@
+// Stands in for src/cuda/ptx/tma.cuh.
+#pragma once
+
+#include "core/launch_sm90.h"
+#include "cuda/ptx/copy.cuh"
+#include "host/plan.h"
+
+namespace strobe::ptx {
+
+inline emulator::Barrier& barrier_at(u32 barrier) { return emulator::block->barriers[barrier]; }
+inline void complete(emulator::Barrier& b) {
+  if (b.pending != 0 || b.bytes != 0) return;
+  b.phase ^= 1;
+  b.pending = b.arrivals;
+  emulator::block->moved = true;
+}
+inline void mbarrier_init_cta(u32 barrier, u32 arrivals) { barrier_at(barrier) = {arrivals, arrivals, 0, 0}; }
+inline void fence_mbarrier_init() {}
+inline void mbarrier_arrive(u32 barrier) {
+  emulator::Barrier& b = barrier_at(barrier);
+  if (b.pending == 0) {
+    std::printf("FAILED a barrier gets more arrivals than its phase takes\n");
+    std::exit(1);
+  }
+  --b.pending;
+  complete(b);
+}
+inline void mbarrier_expect_tx(u32 barrier, u32 bytes) {
+  barrier_at(barrier).bytes += bytes;
+  mbarrier_arrive(barrier);
+}
+inline void mbarrier_try_wait(u32 barrier, u32 parity) {
+  emulator::block->wait([&] { return barrier_at(barrier).phase != parity; });
+}
+
+inline void prefetch_tensormap(const TensorMap&) {}
+// A map's first word is its description. The place is worthless from now on, and holds the box at some later time.
+inline void tma_load(u32 shared, const TensorMap& map, u32 barrier, i32 c0, i32 c1, i32 c2, i32 c3) {
+  const auto* box = reinterpret_cast<const host::TensorBox*>(map.opaque[0]);
+  const u32 bytes = box->box[0] * box->box[1] * box->box[2] * box->box[3] * 2;
+  if (shared % 1024 != 0) {
+    std::printf("FAILED a box goes to a place that is no multiple of 1024 bytes\n");
+    std::exit(1);
+  }
+  std::memset(at(shared, bytes), 0xff, bytes);
+  emulator::block->copies.push_back([=] {
+    const i64 start[4] = {c0, c1, c2, c3};
+    u32 row = 0;
+    for (u32 d = 0; d < box->box[3]; ++d)
+      for (u32 c = 0; c < box->box[2]; ++c)
+        for (u32 b = 0; b < box->box[1]; ++b, ++row)
+          for (u32 a = 0; a < box->box[0]; ++a) {
+            const i64 place[4] = {start[0] + a, start[1] + b, start[2] + c, start[3] + d};
+            bool exists = true;
+            i64 offset = place[0] * 2;
+            for (int i = 0; i < 4; ++i) exists &= place[i] >= 0 && u64(place[i]) < box->dims[i];
+            for (int i = 1; i < 4; ++i) offset += place[i] * i64(box->strides[i - 1]);
+            u16 value = 0;
+            if (exists) std::memcpy(&value, static_cast<const char*>(box->data) + offset, 2);
+            const u32 to = shared + row * 128 + a * 2;
+            std::memcpy(at(to ^ (to >> 7 & 7) << 4, 2), &value, 2);
+          }
+    emulator::Barrier& b = barrier_at(barrier);
+    b.bytes -= bytes;
+    complete(b);
+  });
+}
+
+inline void fence_proxy_async() {}
+inline void bar_sync(u32 id, u32 threads) { emulator::named_barrier(id, threads, true); }
+inline void bar_arrive(u32 id, u32 threads) { emulator::named_barrier(id, threads, false); }
+template <int kRegisters>
+void setmaxnreg_inc() {}
+template <int kRegisters>
+void setmaxnreg_dec() {}
+
+}  // namespace strobe::ptx

@@ -1,0 +1,97 @@
+#include "device.h"
+
+namespace strobe {
+alignas(1024) unsigned char smem[emulator::kSharedBytes];
+}
+
+namespace emulator {
+
+Block* block = nullptr;
+
+namespace {
+constexpr size_t kStackBytes = 256 * 1024;
+// Rounds in which no thread goes on and no copy lands: they all wait for each other.
+constexpr int kStuckRounds = 50;
+}  // namespace
+
+void Block::enter() {
+  block->kernel_();
+  block->fiber().finished = true;
+  block->moved = true;
+  for (;;) block->yield();
+}
+
+bool Block::run(unsigned threads, unsigned number, unsigned count, const std::function<void()>& kernel) {
+  block = this;
+  kernel_ = kernel;
+  index = number, blocks = count;
+  fibers.clear(), barriers.clear(), named.clear(), copies.clear();
+  warps.assign(threads / kWarp, Warp{});
+  std::memset(strobe::smem, 0xff, sizeof strobe::smem);
+  for (unsigned i = 0; i < threads; ++i) {
+    fibers.push_back(std::make_unique<Fiber>());
+    Fiber& f = *fibers.back();
+    f.thread = i;
+    f.stack = std::make_unique<char[]>(kStackBytes);
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = kStackBytes;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, &Block::enter, 0);
+  }
+  int stuck = 0;
+  // Warps take turns in random order, for random numbers of rounds: one may run far ahead of another.
+  for (unsigned left = threads; left > 0;) {
+    moved = false;
+    const unsigned rounds = 1 + random() % 8, first = random() % unsigned(warps.size());
+    for (unsigned w = 0; w < warps.size(); ++w) {
+      const unsigned warp = (first + w) % unsigned(warps.size());
+      for (unsigned r = 0; r < rounds; ++r) {
+        for (unsigned lane = 0; lane < kWarp; ++lane) {
+          current = warp * kWarp + lane;
+          if (fiber().finished) continue;
+          swapcontext(&scheduler, &fiber().context);
+          if (fiber().finished) --left;
+        }
+      }
+    }
+    while (!copies.empty() && (!moved || chance(2))) {
+      const size_t which = random() % copies.size();
+      const auto copy = copies[which];
+      copies.erase(copies.begin() + long(which));
+      copy();
+      moved = true;
+    }
+    stuck = moved ? 0 : stuck + 1;
+    if (stuck > kStuckRounds) return false;
+  }
+  return copies.empty();
+}
+
+uint64_t (&Block::exchange(uint64_t value)) [kWarp] {
+  Fiber& f = fiber();
+  Warp& warp = warps[f.thread / kWarp];
+  const unsigned round = warp.round;
+  warp.value[round % 2][f.thread % kWarp] = value;
+  if (++warp.arrived == kWarp) {
+    warp.arrived = 0;
+    ++warp.round;
+    moved = true;
+  } else {
+    while (warp.round == round) yield();
+  }
+  return warp.value[round % 2];
+}
+
+void named_barrier(unsigned id, unsigned threads, bool waits) {
+  NamedBarrier& barrier = block->named[id];
+  const unsigned generation = barrier.generation;
+  if (++barrier.arrived == threads) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    block->moved = true;
+  }
+  if (waits) block->wait([&] { return barrier.generation != generation; });
+}
+
+}  // namespace emulator
