@@ -9,7 +9,7 @@ PYTHON ?= python3
 
 .PHONY: test test-gpu check-receipt check-kernels demo bench bench-gpu cpp-test sanitize fuzz wheel-test check compat format clean
 
-test: check check-receipt cpp-test sanitize wheel-test
+test: check check-receipt cpp-test sanitize check-kernels wheel-test
 
 $(VENV)/.ready: requirements-dev.txt scripts/setup.sh
 	bash scripts/setup.sh $(VENV)
@@ -64,6 +64,7 @@ compat: dist/.built
 # Every kernel of the shipped list for every architecture, without a GPU.
 check-kernels: $(VENV)/.installed
 	$(PY) scripts/check_kernels.py
+	$(PY) scripts/check_sass.py build/kernels/fwd_sm90*.cubin
 
 # The whole suite on this machine's GPUs, without a network: PYTHON has torch 2.10 or later. Writes tests/gpu/receipt.json.
 test-gpu:

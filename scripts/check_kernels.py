@@ -18,7 +18,14 @@ import cli  # noqa: E402 - without the package, which needs torch and an extensi
 MAX_SECONDS = 20.0
 WANTED_SECONDS = 2.0
 # (pattern of "sm_90 fwd_sm80{...}", most bytes of spills and stack, why it cannot be without)
-ALLOWED: list[tuple[str, int, str]] = []
+ALLOWED: list[tuple[str, int, str]] = [
+    # 163 KiB hold no tile that is as fast: the scores of 64 x 128 leave 255 registers for two gradients of 64 each.
+    (
+        r"sm_80 bwd_sm80\{.*head_dim=128, .*stages_q=1, stages_do=2, .*(softcap|dropout)=1",
+        32,
+        "once a tile of 7,000 cycles",
+    ),
+]
 
 
 def problem_of(kernel: cli.Kernel) -> str | None:

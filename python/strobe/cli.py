@@ -12,8 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from strobe import doctor
-
 HERE = Path(__file__).parent
 
 
@@ -143,6 +141,8 @@ def compile_list(
 
 
 def main(arguments: list[str] | None = None) -> int:
+    from strobe import doctor  # not above: scripts/check_kernels.py imports this file without the package
+
     parser = argparse.ArgumentParser(prog="strobe", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("compile", help="compile kernels into a folder, without a GPU")

@@ -10,7 +10,7 @@ namespace {
 
 // Places of the plan's offsets and values.
 enum Part { kStats, kDqAcc, kTurns, kDkParts, kDvParts, kSinks };
-enum Value { kBlockM, kBlockN, kDqTile, kTurnsPerTile, kHeadsPerBlock };
+enum Value { kBlockM, kBlockN, kDqTile, kTurnsPerTile, kHeadsPerBlock, kFirstBlocks };
 constexpr i64 kNowhere = -1;
 
 // Tiles of all sequences, per head: packed ones may each leave a tile partly empty.
@@ -25,23 +25,42 @@ i64 k_tiles(const AttnParams& p, i64 block_n) {
 }
 i64 longest_tiles(i64 longest, i64 block) { return max<i64>(1, ceil_div(longest, block)); }
 
+// Tiles of queries that see key block n of a sequence of the greatest length.
+i64 tiles_seen(const AttnParams& p, const BwdConfig& config, i64 n) {
+  Mask mask;
+  mask.seqlen_q = p.seqlen_q;
+  mask.seqlen_k = p.seqlen_k;
+  mask.left = p.window_left < 0 || p.full_from ? kUnbounded : p.window_left;
+  mask.right = p.causal ? 0 : p.window_right < 0 ? kUnbounded : p.window_right;
+  mask.keep_first = p.keep_first;
+  mask.full_from = kUnbounded;
+  return max<i64>(1, mask.visit_queries(n * config.block_n, (n + 1) * config.block_n, config.block_m).tiles());
+}
+
 // A block takes all query heads that read the same heads of k and of v, or fewer where that leaves processors idle.
-// Time is estimated in tiles: of the last wave, and of the longest block, one of kept tokens that every query sees.
+// Time is estimated in tiles: of all waves, and of the first block, which may hold kept tokens that every query sees.
 i64 heads_per_block(const AttnParams& p, const BwdConfig& config, int sm_count) {
   const i64 share = std::gcd(p.num_heads / p.num_heads_k, p.num_heads / p.num_heads_v);
-  const i64 blocks = longest_tiles(p.seqlen_k, config.block_n), all = longest_tiles(p.seqlen_q, config.block_m);
-  const i64 right = p.causal ? 0 : p.window_right;
-  const bool window = p.window_left >= 0 && right >= 0 && !p.full_from;
-  const i64 seen = window ? ceil_div<i64>(p.window_left + right + config.block_n, config.block_m) + 1 : all;
-  const i64 tiles = min(all, seen), longest = p.keep_first > 0 ? all : tiles;
+  const i64 blocks = longest_tiles(p.seqlen_k, config.block_n);
+  const i64 first = tiles_seen(p, config, 0), middle = tiles_seen(p, config, blocks / 2);
   const auto cost = [&](i64 heads) {
     const i64 waves = ceil_div<i64>(blocks * p.batch * (p.num_heads / heads), i64(sm_count) * config.blocks);
-    return heads * max(waves * tiles, longest);
+    return heads * max(waves * middle, first);
   };
   i64 best = share;
   for (i64 heads = share - 1; heads > 0; --heads)
     if (share % heads == 0 && cost(heads) * 10 < cost(best) * 9) best = heads;  // sums of partial dK and dV cost, too
   return best;
+}
+
+// Blocks at the sequences' beginnings that take much longer than others: none of them may be the last to start.
+i64 first_blocks(const AttnParams& p, const BwdConfig& config) {
+  constexpr i64 kMost = 64;  // more cannot end late: they are all that there is to do
+  const i64 blocks = longest_tiles(p.seqlen_k, config.block_n), middle = tiles_seen(p, config, blocks / 2);
+  i64 n = 0;
+  if (p.keep_first > 0 && blocks * p.num_heads * p.batch < i64(1) << 31)
+    while (n < min(blocks, kMost) && tiles_seen(p, config, n) > 2 * middle) ++n;
+  return n;
 }
 
 [[noreturn]] void refuse_dims(const AttnParams& p) {
@@ -74,6 +93,7 @@ Plan plan_backward(const BackwardParams& params, const DeviceInfo& device, const
   plan.values[kDqTile] = dq_tile;
   plan.values[kTurnsPerTile] = config.warps + 2;
   plan.values[kHeadsPerBlock] = heads;
+  plan.values[kFirstBlocks] = first_blocks(p, config);
   const auto reserve = [&](Part part, bool needed, i64 words) {
     plan.offsets[part] = needed ? plan.reserve(words * 4) : kNowhere;
   };
@@ -126,9 +146,7 @@ void fill_backward(const BackwardParams& params, const Plan& plan, void* workspa
   l.block_n = block_n;
   l.per_k = i32(p.num_heads / p.num_heads_k);
   l.per_v = i32(p.num_heads / p.num_heads_v);
-  // Under a window, blocks of kept tokens take many times longer than others: none may be the last to start.
-  const i64 kept = min(l.max_k_tiles, ceil_div(p.keep_first, block_n)), grid = l.max_k_tiles * p.num_heads * p.batch;
-  l.first_blocks = p.window_left >= 0 && grid < i64(1) << 31 ? i32(kept) : 0;
+  l.first_blocks = i32(plan.values[kFirstBlocks]);
   for (int i = 0; i < 3; ++i) blocks.emplace<BwdLaunch>(i) = l;
 
   int launch = 3;
