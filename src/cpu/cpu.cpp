@@ -16,11 +16,18 @@ const Engine& pick() {
 #if defined(__x86_64__)
   // Every processor with AVX2 has F16C, which clang 15 cannot ask for.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                       __builtin_cpu_supports("avx512vl");
+#if defined(STROBE_BUILT_avx512_bf16)
   if (avx512 && __builtin_cpu_supports("avx512bf16")) found[n++] = &engine_avx512_bf16;
+#endif
+#if defined(STROBE_BUILT_avx512)
   if (avx512) found[n++] = &engine_avx512;
+#endif
+#if defined(STROBE_BUILT_avx2)
   if (avx2) found[n++] = &engine_avx2;
+#endif
   found[n++] = &engine_baseline;
 #elif defined(__aarch64__)
   found[n++] = &engine_neon;
