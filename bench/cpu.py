@@ -8,7 +8,7 @@ import torch
 
 import strobe
 from bench.cases import Case, Task, in_unit, make_inputs
-from bench.marks import Mark, at_least, at_most, geomean_speedup, geomean_time, largest
+from bench.marks import Mark, at_least, at_most, geomean_speedup, geomean_time, largest, largest_excess
 from bench.measure import first_calls, measure, measure_host
 from bench.memory import measure_memory
 from bench.page import tables  # noqa: F401  part of what a machine is
@@ -88,6 +88,7 @@ def chosen(suite, **wanted):
 
 def marks():
     speedup, share = geomean_speedup("sdpa"), geomean_time("sdpa")
+    excess = largest_excess("strobe", "drop-in")
     plain = dict(layout="dense", window=(-1, -1), unit="GB/s")
     return [
         Mark("forward fp32", chosen("fwd", dtype="fp32"), speedup, at_least(1.1)),
@@ -101,6 +102,7 @@ def marks():
         Mark("extra memory, MB", chosen("memory"), largest(), at_most(64.0)),
         Mark("host time without grad, of SDPA's", chosen("host", kind="host"), share, at_most(0.5)),
         Mark("host time with grad, of SDPA's", chosen("host", kind="host_grad"), share, at_most(1.0)),
+        Mark("host time of the drop-in over Strobe's, us", chosen("host"), excess, at_most(2)),
     ]
 
 
@@ -157,7 +159,7 @@ def choose(names):
 def run(task, budget):
     """{system: figure in the task's unit}."""
     if task.kind == "memory":
-        return {name: measure_memory(name, task.case) / 1e6 for name in SYSTEMS}
+        return {name: measure_memory(name, task.case) / 1e6 for name in SYSTEMS if name != "drop-in"}
     inputs = make_inputs(task.case)
     prepared = {name: system(task, inputs) for name, system in SYSTEMS.items()}
     prepared = {name: p for name, p in prepared.items() if p}

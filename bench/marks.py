@@ -79,6 +79,11 @@ def worst_group(key, figure):
     return worst
 
 
+def largest_excess(over, system):
+    """By how much a system's figure exceeds another's."""
+    return lambda rows: max(figure_of(row, system) - figure_of(row, over) for row in rows)
+
+
 def largest(system="strobe"):
     return lambda rows: max(figure_of(row, system) for row in rows)
 

@@ -4,8 +4,10 @@ A system is a function (task, inputs) -> Prepared, or None where it cannot do th
 likes best: Strobe [batch, seqlen, heads, head_dim], PyTorch contiguous [batch, heads, seqlen, head_dim].
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -86,7 +88,19 @@ def sdpa(task, inputs):
     return prepared(task.kind, attend, tensors, dout, lambda *x: tuple(y.transpose(1, 2) for y in x))
 
 
-SYSTEMS = {"strobe": strobe, "sdpa": sdpa}
+def drop_in(task, inputs):
+    """The distribution flash-attn of compat/: what its front adds to Strobe's own."""
+    if task.kind not in ("host", "host_grad"):
+        return None
+    folder = str(Path(__file__).resolve().parents[1] / "compat" / "flash-attn")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    from flash_attn import flash_attn_func
+
+    return prepared(task.kind, flash_attn_func, (inputs.q, inputs.k, inputs.v), inputs.dout, lambda *x: x)
+
+
+SYSTEMS = {"strobe": strobe, "drop-in": drop_in, "sdpa": sdpa}
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
 
