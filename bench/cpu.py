@@ -12,7 +12,7 @@ from bench.marks import Mark, at_least, at_most, geomean_speedup, geomean_time, 
 from bench.measure import first_calls, measure, measure_host
 from bench.memory import measure_memory
 from bench.page import tables  # noqa: F401  part of what a machine is
-from bench.peers import SYSTEMS, check_agreement
+from bench.peers import SYSTEMS, check_agreement, systems_for
 
 DTYPES = ("fp32", "bf16")
 
@@ -158,10 +158,11 @@ def choose(names):
 
 def run(task, budget):
     """{system: figure in the task's unit}."""
+    systems = systems_for(task)
     if task.kind == "memory":
-        return {name: measure_memory(name, task.case) / 1e6 for name in SYSTEMS if name != "drop-in"}
+        return {name: measure_memory(name, task.case) / 1e6 for name in systems}
     inputs = make_inputs(task.case)
-    prepared = {name: system(task, inputs) for name, system in SYSTEMS.items()}
+    prepared = {name: system(task, inputs) for name, system in systems.items()}
     prepared = {name: p for name, p in prepared.items() if p}
     calls = {name: p.call for name, p in prepared.items()}
     once, returned = first_calls(calls)

@@ -90,8 +90,6 @@ def sdpa(task, inputs):
 
 def drop_in(task, inputs):
     """The distribution flash-attn of compat/: what its front adds to Strobe's own."""
-    if task.kind not in ("host", "host_grad"):
-        return None
     folder = str(Path(__file__).resolve().parents[1] / "compat" / "flash-attn")
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -101,6 +99,12 @@ def drop_in(task, inputs):
 
 
 SYSTEMS = {"strobe": strobe, "drop-in": drop_in, "sdpa": sdpa}
+KINDS = {"drop-in": ("host", "host_grad")}  # of tasks that a system is for; others are for all
+
+
+def systems_for(task):
+    return {name: system for name, system in SYSTEMS.items() if task.kind in KINDS.get(name, (task.kind,))}
+
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
 

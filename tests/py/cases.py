@@ -267,6 +267,17 @@ MASKS = [
     dict(causal=True, window=(3, 0), keep_first=1, full_from=11),
     dict(window=(2, 1), full_from=0),
 ]
+# Of packed or paged sequences of different lengths.
+RAGGED_CHANGES = [
+    dict(),
+    dict(causal=True),
+    dict(window=(6, 3), keep_first=2, force_fa_decode=True),
+    dict(seqused=True),
+    dict(leftpad=True, causal=True),
+    dict(seqused=True, leftpad=True, sinks=True, alibi="bh"),
+    dict(dropout=0.3, window=(20, 0), keep_first=4),
+    dict(strided="sliced"),
+]
 
 
 def grid():

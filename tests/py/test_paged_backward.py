@@ -5,22 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cases import Case, everything, make_inputs, run
+from cases import RAGGED_CHANGES, Case, everything, make_inputs, run
 from checks import check_gradients
 
 NAN = float("nan")
 PAGED = Case((20, 1, 0, 65, 7), (20, 50, 9, 0, 230), head_dim=32, head_dim_v=48, heads=4, heads_k=2, heads_v=1)
 PAGED = replace(PAGED, layout="paged", page_size=16)
-CHANGES = [
-    dict(),
-    dict(causal=True),
-    dict(window=(6, 3), keep_first=2, force_fa_decode=True),
-    dict(seqused=True),
-    dict(leftpad=True, causal=True),
-    dict(seqused=True, leftpad=True, sinks=True, alibi="bh"),
-    dict(dropout=0.3, window=(20, 0), keep_first=4),
-    dict(strided="sliced"),
-]
 
 
 def share_pages(inputs, prefixes):
@@ -54,7 +44,7 @@ def check(strobe, inputs):
 
 
 @pytest.mark.parametrize("page_size", [1, 7, 16, 256])
-@pytest.mark.parametrize("change", CHANGES, ids=str)
+@pytest.mark.parametrize("change", RAGGED_CHANGES, ids=str)
 def test_gradients_of_pages(strobe, change, page_size):
     check(strobe, make_inputs(replace(PAGED, page_size=page_size, **change)))
 

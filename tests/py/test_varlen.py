@@ -5,20 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cases import Case, everything, make_inputs, run
+from cases import RAGGED_CHANGES, Case, everything, make_inputs, run
 from checks import check_forward, check_gradients
 
 PACKED = Case((20, 1, 0, 65, 7), (20, 50, 9, 0, 130), head_dim=32, head_dim_v=48, heads=4, heads_k=2, heads_v=1)
 PACKED = replace(PACKED, layout="packed")
 CHANGES = [
-    dict(),
-    dict(causal=True),
-    dict(window=(6, 3), keep_first=2, force_fa_decode=True),
-    dict(seqused=True),
-    dict(leftpad=True, causal=True),
-    dict(seqused=True, leftpad=True, sinks=True, alibi="bh"),
-    dict(dropout=0.3, window=(20, 0), keep_first=4),
-    dict(strided="sliced"),
+    *RAGGED_CHANGES,
     dict(strided="transposed", full_from=(3, 0, 1, 30, 2), window=(2, 0)),
 ]
 

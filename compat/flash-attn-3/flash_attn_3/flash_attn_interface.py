@@ -1,25 +1,4 @@
 """The functions of flash_attn_interface, under the name that packages look for."""
 
-from strobe.compat.combine import flash_attn_combine
-from strobe.compat.f3b2 import flash_attn_f3b2_func, flash_attn_f3b2_varlen_func
-from strobe.compat.fa3 import (
-    flash_attn_func,
-    flash_attn_qkvpacked_func,
-    flash_attn_varlen_func,
-    flash_attn_with_kvcache,
-    get_scheduler_metadata,
-)
-from strobe.compat.fa3_ops import _flash_attn_backward, _flash_attn_forward
-
-__all__ = [
-    "_flash_attn_backward",
-    "_flash_attn_forward",
-    "flash_attn_combine",
-    "flash_attn_f3b2_func",
-    "flash_attn_f3b2_varlen_func",
-    "flash_attn_func",
-    "flash_attn_qkvpacked_func",
-    "flash_attn_varlen_func",
-    "flash_attn_with_kvcache",
-    "get_scheduler_metadata",
-]
+from flash_attn_interface import *  # noqa: F403
+from flash_attn_interface import __all__  # noqa: F401
