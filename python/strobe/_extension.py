@@ -93,6 +93,8 @@ def run_backward(dout, dlse, q, k, v, out, lse, s_aux, side: Side, options: Opti
     """(dq, dk, dv, ds_aux), ds_aux None without s_aux."""
     if dout is None:
         dout = torch.zeros_like(out)
+    if torch.are_deterministic_algorithms_enabled():
+        options = options._replace(deterministic=True)
     dq, dk, dv, ds_aux = _C.backward((q, k, v, s_aux, out, *side, lse), options, dout, dlse)
     return dq, dk, dv, None if ds_aux is None else ds_aux.to(s_aux.dtype)
 

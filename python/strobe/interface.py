@@ -59,6 +59,7 @@ def flash_attn_func(
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is off. Not with dropout.
         alibi_slopes: float32 [num_heads] or [batch, num_heads]; adds ``-slope * |i + off - j|`` (arXiv 2108.12409).
         deterministic: the same gradient bits on every run. Always so on a CPU; on a GPU it costs some speed and memory.
+            `torch.use_deterministic_algorithms(True)` asks for it, too.
         return_attn_probs: also return the LSE and S_dmask.
         keep_first: keys 0 .. keep_first - 1 have no left window bound (StreamingLLM, arXiv 2309.17453).
         force_fa_decode: no left window bound for a sequence of one query.

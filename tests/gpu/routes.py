@@ -257,3 +257,20 @@ def inference_tensors_and_parameters(strobe):
     with torch.inference_mode():
         x = randn(1, 50, 2, 64)
         assert strobe.flash_attn_func(x, x, x).is_inference()
+
+
+@scenario()
+def torchs_switch_for_determinism(strobe):
+    """Adds of dQ in any order would differ somewhere among 4 x 1000 x 8 x 64 numbers."""
+    inputs = [randn(4, 1000, 8, 64).requires_grad_() for _ in range(3)]
+
+    def gradients(**options):
+        out = strobe.flash_attn_func(*inputs, **options)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(out.float().square().sum(), inputs)])
+
+    expected = gradients(deterministic=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        same_bits(gradients(), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)

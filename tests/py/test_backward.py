@@ -97,3 +97,28 @@ def test_deterministic(strobe, change):
         out = run(strobe, inputs, *leaves, deterministic=True)
         results.append(torch.autograd.grad(out, leaves, inputs.dout))
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_torch_may_ask_for_determinism(strobe, asked, monkeypatch):
+    """A CPU's gradients are deterministic in any case: what counts is that an engine hears of it."""
+    from strobe import _extension
+
+    heard = []
+
+    class Extension:
+        @staticmethod
+        def backward(tensors, options, *gradients):
+            heard.append(options.deterministic)
+            return backward(tensors, options, *gradients)
+
+    backward = _extension._C.backward
+    monkeypatch.setattr(_extension, "_C", Extension)
+    q = torch.randn(1, 4, 1, 8, requires_grad=True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(asked)
+    try:
+        strobe.flash_attn_func(q, q, q).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert heard == [asked]
