@@ -74,15 +74,21 @@ test-gpu:
 check-receipt:
 	$(PYTHON) scripts/receipt.py check
 
+# make demo PYTHON=python3 runs on that Python's torch, such as one with CUDA on a machine without a network.
+ifeq ($(origin PYTHON),file)
 demo: $(VENV)/.installed
-	$(PY) demo/main.py
+	$(PY) demo/main.py $(DEMO)
+else
+demo:
+	$(PYTHON) scripts/run_here.py demo/main.py $(DEMO)
+endif
 
 bench: $(VENV)/.installed
 	$(PY) -m bench.main
 
 # On this machine's GPU, without a network. BENCH="--quick --suite fwd" gives it options, STROBE_PEERS=DIR more peers.
 bench-gpu:
-	$(PYTHON) bench/gpu_start.py $(BENCH)
+	$(PYTHON) scripts/run_here.py -m bench.main --machine gpu $(BENCH)
 
 clean:
 	rm -rf build dist .venv .venv-*

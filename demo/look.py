@@ -1,6 +1,6 @@
 """What Strobe looks at: with the identity matrix as v, the output of attention is its weights.
 
-head_dim_v is then the sequence length, which Strobe takes as any other.
+head_dim_v is then the sequence length, rounded up to what GPU engines take, a multiple of 8.
 """
 
 import masks
@@ -12,8 +12,10 @@ import strobe
 
 def weights(q, k, mask: Mask, slopes=None) -> torch.Tensor:
     """Attention weights [heads, seqlen_q, seqlen_k] of one sequence, from Strobe itself."""
-    identity = torch.eye(k.shape[1], dtype=k.dtype, device=k.device)[None, :, None]
-    return strobe.flash_attn_func(q, k, identity, alibi_slopes=slopes, **mask.options())[0].transpose(0, 1).cpu()
+    n = k.shape[1]
+    identity = torch.eye(n, -(-n // 8) * 8, dtype=k.dtype, device=k.device)[None, :, None]
+    out = strobe.flash_attn_func(q, k, identity, alibi_slopes=slopes, **mask.options())
+    return out[0, ..., :n].transpose(0, 1).cpu()
 
 
 def agrees(seqlen_q: int, seqlen_k: int, mask: Mask, where) -> bool:

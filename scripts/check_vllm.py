@@ -1,6 +1,6 @@
 """Strobe inside a real vLLM engine: greedy tokens of a small random Qwen3 against Transformers with the same weights.
 
-usage: check_vllm.py [--device cpu] [--only NAME ...]
+usage: check_vllm.py [--device cpu] [--only NAME ...] [--jobs N]
 Needs vLLM 0.26.0, Transformers and an installed Strobe, whose entry point vLLM loads; no network. assemble_vllm.sh
 packs vLLM for a machine that cannot install it. Each case is a process of its own: an engine is one per process.
 """
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def generate(case: dict, folder: str, device: str, dtype: str) -> list[list[int]
         return forward(**given)
 
     attention.flash_attn_varlen_func = counted
-    case = dict(case, kv_cache_memory_bytes=1 << 26)
+    case = dict(case, kv_cache_memory_bytes=1 << 26, gpu_memory_utilization=0.1)  # several engines fit on one GPU
     strobe = case.pop("strobe", None)
     if device == "cpu":
         case["compilation_config"] = {"custom_ops": ["none"]}  # vLLM's layers in torch
@@ -98,12 +99,12 @@ def generate(case: dict, folder: str, device: str, dtype: str) -> list[list[int]
     return tokens
 
 
-def expected(case: dict, folder: str, tokens: list[list[int]]):
-    """Per prompt the float32 logits of Transformers' eager attention, given the tokens so far; the mask written out."""
+def expected(case: dict, folder: str, tokens: list[list[int]], dtype: str = "float32"):
+    """Per prompt the logits of Transformers' eager attention, given the tokens so far; the mask written out."""
     import torch
     from transformers import DynamicCache, Qwen3ForCausalLM
 
-    model = Qwen3ForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    model = Qwen3ForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=getattr(torch, dtype)).eval()
     strobe = case.get("strobe") or {}
 
     def mask(rows, keys, full):
@@ -111,7 +112,7 @@ def expected(case: dict, folder: str, tokens: list[list[int]]):
         seen = j <= i
         if not full:
             seen = seen & ((i - j < strobe["window"]) | (j < strobe["keep_first"]))
-        return torch.where(seen, 0.0, -torch.inf)[None, None]
+        return torch.where(seen, 0.0, -torch.inf).to(model.dtype)[None, None]
 
     masks = {}
 
@@ -133,22 +134,25 @@ def expected(case: dict, folder: str, tokens: list[list[int]]):
             masks["windowed"] = mask(len(step), keys, not strobe or decode)
             with torch.no_grad():
                 logits.append(model(torch.tensor([step]), past_key_values=cache).logits[0, -1])
-        yield torch.stack(logits)
+        yield torch.stack(logits).float()
 
 
 def compare(case: dict, folder: str, tokens: list[list[int]], dtype: str) -> None:
-    equal, near = 0, 0
-    for n, (answer, logits) in enumerate(zip(tokens, expected(case, folder, tokens))):
+    """Every token is the best one or, in a half type, near it: at most twice as often as Transformers in that type."""
+    equal = near = theirs = 0
+    both = zip(expected(case, folder, tokens), expected(case, folder, tokens, dtype), strict=True)
+    for n, (answer, (logits, rounded)) in enumerate(zip(tokens, both, strict=True)):
         if len(answer) != ANSWER:
             raise SystemExit(f"prompt {n}: {len(answer)} tokens instead of {ANSWER}")
+        theirs += (rounded.argmax(-1) != logits.argmax(-1)).sum().item()
         for step, (token, row) in enumerate(zip(answer, logits)):
             behind = (row.max() - row[token]).item()
             if behind > GAP[dtype]:
                 raise SystemExit(f"prompt {n}, token {step}: {token} is {behind:.3f} behind {row.argmax().item()}")
             equal += behind == 0
             near += behind > 0
-    print(f"{equal} tokens equal, {near} within {GAP[dtype]} of the best", file=sys.stderr)
-    if near > 0.05 * equal:
+    print(f"{equal} tokens equal, {near} within {GAP[dtype]} of the best; Transformers: {theirs}", file=sys.stderr)
+    if near > 2 * theirs:
         raise SystemExit("too many tokens differ")
 
 
@@ -157,12 +161,14 @@ def main() -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--dtype", choices=list(GAP))
     parser.add_argument("--only", nargs="*", help="names of cases")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # JSON: this process runs one
     parser.add_argument("--model", help=argparse.SUPPRESS)
     args = parser.parse_args()
     dtype = args.dtype or {"cuda": "bfloat16", "cpu": "float32"}[args.device]
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, where calls are counted
-    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    # Its sampler would import flashinfer, which the packed vLLM has not.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     if args.case:
         case = json.loads(args.case)
         compare(case, args.model, generate(case, args.model, args.device, dtype), dtype)
@@ -174,18 +180,24 @@ def main() -> int:
         save_model(folder)
         if args.device == "cpu":
             add_cpu_platform(folder)
-        for name in args.only or CASES:
-            case = dict(CASES[name])
-            if args.device == "cpu" and not case.get("enforce_eager"):
-                print(f"not run on a CPU: {name}")
-                continue
-            more = ["--device", args.device, "--dtype", dtype, "--model", folder, "--case", json.dumps(case)]
-            run = subprocess.run([sys.executable, __file__, *more], capture_output=True, text=True)
-            said = [line for line in run.stderr.split("\n") if "Strobe," in line or "tokens equal" in line]
-            print(f"{'passed' if run.returncode == 0 else 'FAILED'}: {name} ({'; '.join(said)})", flush=True)
-            if run.returncode:
-                failed.append(name)
-                print("\n".join((run.stdout + run.stderr).split("\n")[-40:]))
+
+        def run(name: str):
+            more = ["--device", args.device, "--dtype", dtype, "--model", folder, "--case", json.dumps(CASES[name])]
+            # Engines side by side do not fight for processors.
+            threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
+            environment = {**os.environ, "OMP_NUM_THREADS": threads} if args.jobs > 1 else None
+            command = [sys.executable, __file__, *more]
+            return name, subprocess.run(command, capture_output=True, text=True, env=environment)
+
+        wanted = [name for name in args.only or CASES if args.device != "cpu" or CASES[name].get("enforce_eager")]
+        print("".join(f"not run on a CPU: {name}\n" for name in args.only or CASES if name not in wanted), end="")
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for name, done in pool.map(run, wanted):
+                said = [line for line in done.stderr.split("\n") if "Strobe," in line or "tokens equal" in line]
+                print(f"{'passed' if done.returncode == 0 else 'FAILED'}: {name} ({'; '.join(said)})", flush=True)
+                if done.returncode:
+                    failed.append(name)
+                    print("\n".join((done.stdout + done.stderr).split("\n")[-40:]), flush=True)
     return bool(failed)
 
 

@@ -2,6 +2,8 @@
 
 receipt.py check       exits non-zero unless the receipt is of these sources with nothing failed, or tests/gpu/PENDING
                        says in a sentence what has not been run yet
+receipt.py merge PART  adds what main.py --only ... --receipt PART saw on another machine, of the same sources: jobs
+                       that the receipt's own machine skipped, for want of a second GPU
 receipt.py digest      prints the digest of every source that reaches a GPU
 receipt.py stamp SITE  marks the strobe in SITE as a build of these sources, for machines that only run it
 """
@@ -14,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("src", "python", "tests/gpu")
+FOLDERS = ("src", "python", "compat", "tests/gpu")
 NOT_SOURCES = ("receipt.json", "PENDING")  # of tests/gpu
 
 
@@ -48,12 +50,11 @@ def _driver():
     return found[1] if found else "unknown"
 
 
-def write(path, result):
-    """Writes the receipt, and removes tests/gpu/PENDING: what it asked for has been run."""
+def _machine():
     import torch
 
     major, minor = torch.cuda.get_device_capability()
-    machine = dict(
+    return dict(
         device=torch.cuda.get_device_name(),
         devices=torch.cuda.device_count(),
         architecture=f"sm_{major}{minor}",
@@ -62,8 +63,40 @@ def write(path, result):
         torch=torch.__version__,
         python=sys.version.split()[0],
     )
-    path.write_text(json.dumps(dict(sources=digest(), **machine, **result), indent=1) + "\n")
+
+
+def _store(path, content):
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def write(path, result):
+    """Writes the receipt, and removes tests/gpu/PENDING: what it asked for has been run."""
+    _store(path, dict(sources=digest(), **_machine(), **result))
     (ROOT / "tests" / "gpu" / "PENDING").unlink(missing_ok=True)
+
+
+def write_part(path, passed, failed, seconds):
+    """What some of the jobs came to, for merge()."""
+    _store(path, dict(sources=digest(), **_machine(), passed=passed, failed=failed, seconds=seconds))
+
+
+def merge(path, part):
+    """Skipped jobs of the receipt at `path` that passed in `part` are passed; where, is kept. Returns how many."""
+    receipt, part = json.loads(Path(path).read_text()), json.loads(Path(part).read_text())
+    if part["sources"] != receipt["sources"]:
+        raise SystemExit("the part is of other sources than the receipt")
+    if part["failed"]:
+        raise SystemExit(f"{part['failed']} jobs of the part failed")
+    shown = {line: name for line in receipt["skipped"] for name in part["passed"] if line.startswith(f"{name}: ")}
+    receipt["skipped"] = [line for line in receipt["skipped"] if line not in shown]
+    for counted in (receipt["counts"], receipt["kinds"]["scenario"]):
+        counted["skipped"] -= len(shown)
+        counted["passed"] += len(shown)
+    if shown:
+        where = {key: part[key] for key in part if key not in ("sources", "passed", "failed")}
+        receipt.setdefault("elsewhere", []).append(where | dict(passed=sorted(shown.values())))
+        _store(Path(path), receipt)
+    return len(shown)
 
 
 def problem(root=ROOT):
@@ -111,6 +144,9 @@ def check(root=ROOT):
 def main(arguments):
     if arguments == ["check"]:
         return check()
+    if len(arguments) == 2 and arguments[0] == "merge":
+        print(f"{merge(ROOT / 'tests' / 'gpu' / 'receipt.json', arguments[1])} skipped jobs have passed elsewhere")
+        return 0
     if arguments == ["digest"]:
         print(digest())
         return 0

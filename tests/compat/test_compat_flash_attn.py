@@ -1,5 +1,7 @@
 """What flash_attn's functions do beside attention itself: returns, scalars, S_dmask, bert_padding, rotary, caches."""
 
+import inspect
+
 import flash_attn
 import pytest
 import torch
@@ -8,6 +10,9 @@ from flash_attn.flash_attn_interface import _get_block_size_n, maybe_contiguous,
 from flash_attn.layers import rotary
 from flash_attn.ops.triton.rotary import apply_rotary
 from oracle import BF16, check, check_both, check_gradients, dense, lengths, offsets, packed, tensors
+
+import strobe
+from strobe.compat import fa2
 
 INF = float("inf")
 
@@ -235,3 +240,31 @@ def test_cache_update_with_pages_of_any_size():
     for b in range(2):
         mask = dict(causal=True, window=(6, 0), keep_first=2)
         check(out[b : b + 1], lambda *x, m=mask: dense(*x, **m)[0], q[b : b + 1], *(x[None] for x in whole[b]))
+
+
+@pytest.mark.parametrize("d,dv", [(20, 20), (60, 100), (16, 12)])
+def test_head_dims_that_gpu_engines_have_not_are_padded(d, dv):
+    q, k, v = inputs = tensors(2, 9, 13, d=d, dv=dv, grad=True)
+    signature = inspect.signature(strobe.flash_attn_func)
+    out, lse, _ = fa2.padded(strobe.flash_attn_func, signature.bind(q, k, v, causal=True, return_attn_probs=True))
+
+    def compute(*x):
+        return dense(*x, causal=True)
+
+    check_both((out, lse), compute, q, k, v)
+    dout = torch.randn_like(out)
+    check_gradients(torch.autograd.grad(out, inputs, dout), compute, q, k, v, dout)
+    qkv = torch.randn(2, 9, 3, 4, d)
+    function = strobe.flash_attn_qkvpacked_func
+    result = fa2.padded(function, inspect.signature(function).bind(qkv))
+    assert (result is None) == (d % 8 == 0)
+    if result is not None:
+        check(result, lambda *x: dense(*x)[0], *qkv.unbind(2))
+
+
+def test_nothing_is_padded_that_would_change_nothing_or_lose_out():
+    signature = inspect.signature(strobe.flash_attn_func)
+    q, k, v = tensors(1, 4, 4, d=16)
+    assert fa2.padded(strobe.flash_attn_func, signature.bind(q, k, v)) is None
+    q, k, v = tensors(1, 4, 4, d=20)
+    assert fa2.padded(strobe.flash_attn_func, signature.bind(q, k, v, out=torch.empty_like(q))) is None

@@ -76,7 +76,7 @@ def choose(groups, pattern):
 class Report:
     def __init__(self):
         self.counts, self.by_engine, self.by_kind = Counter(), {}, {}
-        self.failures, self.skips, self.refusals, self.slowest = [], [], Counter(), []
+        self.passed, self.failures, self.skips, self.refusals, self.slowest = [], [], [], Counter(), []
         self.begin = self.said = time.monotonic()
 
     def __call__(self, result):
@@ -85,7 +85,9 @@ class Report:
         self.by_kind.setdefault(job.kind, Counter())[result.status] += 1
         if job.backend:
             self.by_engine.setdefault(job.backend, Counter())[result.status] += 1
-        if result.status == "failed":
+        if result.status == "passed" and job.kind == "scenario":
+            self.passed.append(str(job))
+        elif result.status == "failed":
             self.failures.append(result)
             print(f"FAILED {job}\n    {result.text}", flush=True)
         elif result.status == "skipped":
@@ -106,7 +108,7 @@ def parse():
     parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out; writes no receipt")
     parser.add_argument("--site", type=Path, help="a strobe of whatever sources; writes no receipt")
     parser.add_argument("--seconds", type=float, default=BUDGET_SECONDS, help="what is not done by then has failed")
-    parser.add_argument("--receipt", type=Path, default=HERE / "receipt.json")
+    parser.add_argument("--receipt", type=Path, help="where it goes; with --only, what receipt.py merge takes")
     return parser.parse_args()
 
 
@@ -121,11 +123,15 @@ def main():
 
     site = str(options.site.resolve()) if options.site else installed.find_or_build(ROOT)
     sys.path.insert(0, site)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
     # Every kernel is compiled, and by these sources: nothing comes from an earlier run.
     cache = tempfile.TemporaryDirectory(prefix="strobe-test-gpu-")
     os.environ["STROBE_CACHE_DIR"] = cache.name
     os.environ.pop("STROBE_BACKEND", None)
+    import fronts
+
+    drop_ins = tempfile.TemporaryDirectory(prefix="strobe-drop-ins-")
+    sys.path.insert(0, fronts.install_drop_ins(Path(drop_ins.name)))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [drop_ins.name, site, os.environ.get("PYTHONPATH")]))
 
     import pool
     import receipt
@@ -133,7 +139,8 @@ def main():
 
     import strobe
 
-    partial = options.only or options.fraction != 1.0 or options.no_sanitizer or options.site
+    unknown = options.fraction != 1.0 or options.site
+    partial = options.only or options.no_sanitizer or unknown
     engines, not_offered = offered_engines(strobe)
     guarded, plain = every_group(engines, options.fraction)
     guarded, plain = choose(guarded, options.only), choose(plain, options.only)
@@ -165,8 +172,9 @@ def main():
     print({key: value for key, value in result.items() if key not in ("skipped", "refused")})
     ok = report.counts["failed"] == 0 and sanitizer.clean(findings) and report.counts["passed"] > 0
     if not partial:
-        receipt.write(options.receipt, result)
-        print(f"wrote {options.receipt}")
+        receipt.write(options.receipt or HERE / "receipt.json", result)
+    elif options.receipt and not unknown:
+        receipt.write_part(options.receipt, sorted(report.passed), report.counts["failed"], result["seconds"])
     return 0 if ok else 1
 
 

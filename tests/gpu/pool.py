@@ -118,8 +118,8 @@ def run(guarded, plain, workers, report, deadline):
     """Runs the groups of both kinds; report(Result) for each job. Returns the jobs for which there was no time."""
     queues = {True: deque(guarded), False: deque(plain)}
     some = [kind for kind in (False, True) if queues[kind]]
-    # Plain jobs are few and long.
-    wanted = [False] * min(4, len(queues[False])) if False in some else []
+    # Plain jobs are few and long: they begin first, and whoever is done helps with the others.
+    wanted = [False] * min(6, len(queues[False])) if False in some else []
     wanted += [True] * min(max(1, workers - len(wanted)), len(queues[True]))
     pool = [_Worker(kind) for kind in wanted]
     while pool and time.monotonic() < deadline:
@@ -136,11 +136,11 @@ def run(guarded, plain, workers, report, deadline):
                 continue
             pool.remove(worker)
             worker.stop()
-            if not alive:
-                if worker.group:
-                    queues[worker.guarded].appendleft(list(worker.group))
-                if queues[worker.guarded]:
-                    pool.append(_Worker(worker.guarded))
+            if not alive and worker.group:
+                queues[worker.guarded].appendleft(list(worker.group))
+            kind = worker.guarded if queues[worker.guarded] else not worker.guarded
+            if queues[kind]:
+                pool.append(_Worker(kind))
     left = [job for w in pool for job in ([w.job] if w.job else []) + list(w.group)]
     for worker in pool:
         worker.stop()

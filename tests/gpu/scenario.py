@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-MODULES = ("masks", "hostile", "refusals", "graphs", "concurrency", "routes", "large")
+MODULES = (
+    "masks", "hostile", "refusals", "graphs", "concurrency", "routes", "large",
+    "fronts_hf", "fronts_sdpa", "fronts_compat", "fronts_fa3", "fronts_vllm",
+)  # fmt: skip
 ALL = {}
 
 

@@ -13,9 +13,6 @@ import torch
 
 import strobe.hf
 
-if not torch.cuda.is_available():
-    collect_ignore = ["test_hf_gpu.py"]
-
 
 @pytest.fixture(autouse=True, scope="session")
 def _registered():

@@ -8,8 +8,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import strobe
 import strobe.hf
+from strobe._settings import Layer
 from strobe.hf.paged import paged_attention
-from strobe.hf.settings import Layer
 
 PREFIXED = tuple(int(n) for n in transformers.__version__.split(".")[:2]) < (5, 19)
 NAME = "paged|strobe" if PREFIXED else "strobe_flash_3"

@@ -1,5 +1,8 @@
 """Strobe's settings of a model in vLLM: where they are found, and what each layer gets."""
 
+import subprocess
+import sys
+
 import pytest
 from engine import config
 
@@ -55,3 +58,9 @@ def test_number_of_a_layer():
     for name in ("model.attn", "model.layers.3.blocks.1.attn"):
         with pytest.raises(NotImplementedError, match=name):
             layer_number(name)
+
+
+def test_vllm_needs_no_transformers():
+    program = "import sys; sys.modules['transformers'] = None; import strobe.vllm.settings"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

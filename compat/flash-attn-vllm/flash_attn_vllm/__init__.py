@@ -1,23 +1,7 @@
 """flash-attention-SWAA's folder for vLLM, served by Strobe."""
 
-from flash_attn_vllm.flash_attn_interface import (
-    flash_attn_func,
-    flash_attn_kvpacked_func,
-    flash_attn_qkvpacked_func,
-    flash_attn_varlen_func,
-    flash_attn_varlen_kvpacked_func,
-    flash_attn_varlen_qkvpacked_func,
-    flash_attn_with_kvcache,
-)
+from flash_attn_vllm import flash_attn_interface as flash_attn_interface
+from strobe.compat.swaa import *  # noqa: F403
+from strobe.compat.swaa import __all__ as __all__
 
 __version__ = "2.8.3"
-
-__all__ = [
-    "flash_attn_func",
-    "flash_attn_kvpacked_func",
-    "flash_attn_qkvpacked_func",
-    "flash_attn_varlen_func",
-    "flash_attn_varlen_kvpacked_func",
-    "flash_attn_varlen_qkvpacked_func",
-    "flash_attn_with_kvcache",
-]

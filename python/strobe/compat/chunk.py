@@ -18,16 +18,12 @@ def in_chunks(function: str, chunk: int, q, k, v, packed: dict, options: dict):
     cu_q = packed["cu_seqlens_q"].tolist()
     batch = len(cu_q) - 1
     table, cu_k = packed["page_table"], packed["cu_seqlens_k"]
-    if table is None:  # all packed keys are one page, where a sequence is a range
-        starts = cu_k.tolist()
-        used = _list(packed["seqused_k"]) or [b - a for a, b in zip(starts, starts[1:], strict=False)]
-        k, v, table = k[None], v[None], torch.zeros(batch, 1, dtype=torch.int32, device=q.device)
-    else:
-        starts = [0] * batch
-        used = _list(packed["seqused_k"]) or [b - a for a, b in zip(cu_k.tolist(), cu_k.tolist()[1:], strict=False)]
+    starts = [0] * batch if cu_k is None else cu_k.tolist()
+    used = _list(packed["seqused_k"]) or [b - a for a, b in zip(starts, starts[1:], strict=False)]
     pads = _list(packed["leftpad_k"]) or [0] * batch
     used_q = _list(packed["seqused_q"]) or [b - a for a, b in zip(cu_q, cu_q[1:], strict=False)]
-    pieces = []  # (rows of q, first key, end of keys, sequence)
+    pieces = [(0, 0, 0, 0)]  # (rows of q, first key, end of keys, sequence); offsets begin with 0
+    last = 0  # where the keys of the piece before end
     for b in range(batch):
         first, rows = starts[b] + pads[b], used_q[b]
         seqlen_k = used[b] - pads[b]
@@ -36,10 +32,10 @@ def in_chunks(function: str, chunk: int, q, k, v, packed: dict, options: dict):
         while i < rows:
             base = (i + off) // chunk * chunk
             n = min(base + chunk - off, rows) - i
-            keys = (first + base, first + min(base + chunk, seqlen_k)) if base >= 0 else (first, first)
-            pieces.append((n, *keys, b))
-            i += n
-        pieces.append((cu_q[b + 1] - cu_q[b] - rows, first, first, b))  # rows that are not used
+            begin, end = (first + base, first + min(base + chunk, seqlen_k)) if base >= 0 else (first, first)
+            pieces.append((n, begin, end, b))
+            i, last = i + n, end
+        pieces.append((cu_q[b + 1] - cu_q[b] - rows, last, last, b))  # rows that are not used
 
     def tensor(values):
         return torch.tensor(values, dtype=torch.int32, device=q.device)
@@ -48,11 +44,16 @@ def in_chunks(function: str, chunk: int, q, k, v, packed: dict, options: dict):
     ends = [0]
     for n in rows:
         ends.append(ends[-1] + n)
-    packed = dict(
-        cu_seqlens_q=tensor(ends), cu_seqlens_k=None, max_seqlen_q=max([1, *rows]),
-        max_seqlen_k=table.shape[1] * k.shape[1], seqused_k=tensor(end), leftpad_k=tensor(begin),
-        page_table=table[tensor(sequence).long()],
-    )  # fmt: skip
+    if table is None:  # the chunks of packed keys lie one behind the other, with gaps
+        used, begin = tensor([b - a for a, b in zip(begin, end, strict=True)]), [*begin, k.shape[0]]
+        longest = max(b - a for a, b in zip(begin, begin[1:], strict=False))
+        keys = dict(cu_seqlens_k=tensor(begin), seqused_k=used, max_seqlen_k=longest)
+    else:
+        keys = dict(
+            cu_seqlens_k=None, max_seqlen_k=table.shape[1] * k.shape[1], seqused_k=tensor(end),
+            leftpad_k=tensor(begin), page_table=table[tensor(sequence).long()],
+        )  # fmt: skip
+    packed = dict(cu_seqlens_q=tensor(ends), max_seqlen_q=max([1, *rows]), **keys)
     slopes = options.get("alibi_slopes")
     if isinstance(slopes, Tensor) and slopes.dim() == 2:
         options = options | dict(alibi_slopes=slopes[tensor(sequence).long()])

@@ -11,6 +11,16 @@ from strobe.compat.blocks import unnormalised
 from strobe.compat.order import Order
 from strobe.compat.tail import with_tail, without_tail
 
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
+
 
 def _drop_in(function, packed=False):
     order, signature = Order(function), inspect.signature(function)
@@ -26,11 +36,31 @@ def _drop_in(function, packed=False):
             result = _retry(signature.bind(*args, **kwargs)) if packed else None
             if result is None:
                 raise
+        except NotImplementedError:
+            result = padded(function, signature.bind(*args, **kwargs))
+            if result is None:
+                raise
         if type(result) is tuple and result[2].numel():
             return _rescaled(signature.bind(*args, **kwargs), result)
         return result
 
     return call
+
+
+def padded(function, bound):
+    """The call with head dims padded to multiples of 8, as FlashAttention pads them; None if they are that already."""
+    call = bound.arguments
+    given = [name for name in ("q", "k", "v", "kv", "qkv") if name in call]
+    dims = [call[name].shape[-1] for name in given]
+    if all(dim % 8 == 0 for dim in dims) or call.get("out") is not None:
+        return None
+    if call.get("softmax_scale") is None:
+        call["softmax_scale"] = dims[0] ** -0.5
+    call |= {name: torch.nn.functional.pad(call[name], (0, -dim % 8)) for name, dim in zip(given, dims, strict=True)}
+    result = function(*bound.args, **bound.kwargs)
+    if type(result) is tuple:
+        return (result[0][..., : dims[-1]], *result[1:])
+    return result[..., : dims[-1]]
 
 
 def _retry(bound):

@@ -31,11 +31,16 @@ def attend(
     if page_table is not None:
         page_table = page_table if cache_batch_idx is None else page_table[cache_batch_idx]
         capacity = page_table.shape[1] * k.shape[1]
-    elif k.dim() == 4:  # a row of a dense cache is one page
-        capacity, batch = k.shape[1], cu_seqlens_q.shape[0] - 1
-        rows = torch.arange(batch, dtype=torch.int32, device=q.device) if cache_batch_idx is None else cache_batch_idx
-        page_table = rows[:, None]
-        seqused_k = torch.full_like(rows, capacity) if seqused_k is None else seqused_k
+    elif k.dim() == 4:
+        capacity, rows = k.shape[1], cache_batch_idx
+        if rows is not None and k.is_cuda and capacity % 8:  # no page size of the GPU engines
+            k, v, rows = k[rows.long()], v[rows.long()], None
+        if rows is None:
+            batch = cu_seqlens_q.shape[0] - 1
+            cu_seqlens_k, k, v = _offsets(k[:batch]), k[:batch].flatten(0, 1), v[:batch].flatten(0, 1)
+        else:  # a row of a dense cache is one page
+            page_table = rows[:, None]
+            seqused_k = torch.full_like(rows, capacity) if seqused_k is None else seqused_k
     else:
         capacity = max_seqlen_k
         if capacity is None or cu_seqlens_k is None:
@@ -57,7 +62,7 @@ def attend(
 
 
 def _offsets(x: Tensor) -> Tensor:
-    return torch.arange(0, x.shape[0] * x.shape[1] + 1, max(1, x.shape[1]), dtype=torch.int32, device=x.device)
+    return torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * x.shape[1]
 
 
 def _absorb(function, q, k, v, qv):

@@ -3,6 +3,16 @@
 import torch
 from torch import Tensor
 
+__all__ = [
+    "RotaryEmbedding",
+    "apply_rotary_emb",
+    "apply_rotary_emb_func",
+    "apply_rotary_emb_kv_",
+    "apply_rotary_emb_qkv_",
+    "apply_rotary_emb_torch",
+    "rotate_half",
+]
+
 
 def rotate_half(x: Tensor, interleaved: bool = False) -> Tensor:
     """(a, b) -> (-b, a), of halves or of neighbours."""

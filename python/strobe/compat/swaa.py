@@ -3,6 +3,8 @@
 from strobe.compat import fa2
 from strobe.compat.order import swaa_order
 
+__all__ = fa2.__all__
+
 flash_attn_func = swaa_order(fa2.flash_attn_func)
 flash_attn_kvpacked_func = swaa_order(fa2.flash_attn_kvpacked_func)
 flash_attn_qkvpacked_func = swaa_order(fa2.flash_attn_qkvpacked_func)

@@ -8,9 +8,9 @@ from transformers.integrations import hub_kernels
 from transformers.utils.generic import TransformersKwargs
 
 import strobe
+from strobe._settings import normalized, of_config
 from strobe.hf import attention as _attention
 from strobe.hf import masks as _masks
-from strobe.hf.settings import normalized, of_config
 
 __all__ = ["answer_start", "apply", "register"]
 

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from strobe.hf.settings import NOTHING, Layer, normalized, of_config
+from strobe._settings import NOTHING, Layer, normalized, of_config
 
 __all__ = ["NOTHING", "Layer", "layer_number", "of_engine"]
 

@@ -1,5 +1,7 @@
-"""Runs the GPU benchmark on a strobe of exactly these sources: python3 bench/gpu_start.py [options of bench.main].
-It is found or built without a network, as `make test-gpu` does."""
+"""Runs a program on a strobe of exactly these sources, found or built without a network, as `make test-gpu` does.
+
+usage: run_here.py demo/main.py [options] | run_here.py -m bench.main [options]
+"""
 
 import os
 import sys
@@ -13,4 +15,4 @@ from installed import find_or_build  # noqa: E402
 site = find_or_build(ROOT)
 os.chdir(ROOT)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
-os.execv(sys.executable, [sys.executable, "-m", "bench.main", "--machine", "gpu", *sys.argv[1:]])
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
