@@ -1,22 +1,35 @@
-"""Compiles every kernel of the shipped list for every architecture, without a GPU; fails on spills and on stack.
+"""Compiles every kernel of the shipped list for every architecture, without a GPU; fails on spills, on stack and on
+kernels that take long to compile.
 
 usage: check_kernels.py [--arch 80,86,89,90,120] [--list FILE] [--library FILE] [--keep FOLDER] [--verbose]
 Kernels that were found clean stay in the folder; only those whose sources changed are compiled again.
 """
 
 import argparse
+import ctypes
+import json
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "python" / "strobe"))
 
 import cli  # noqa: E402 - without the package, which needs torch and an extension
 
-# What a kernel costs to compile depends on the machine and on what else it does; beyond this it is the kernel.
-MAX_SECONDS = 20.0
-WANTED_SECONDS = 2.0
+# Of processor time. What else a machine does makes it longer, never shorter: a kernel that takes more is compiled
+# again, and its least time counts.
+MAX_SECONDS = 2.0
+TRIES = 4
+# (pattern, seconds, why it cannot be less)
+SLOW: list[tuple[str, float, str]] = [
+    (
+        r"sm_90 fwd_sm90\{.*head_dim=128, .*softcap=1",
+        2.8,
+        "tanh of 88 scores a thread, twice, between asynchronous products",
+    ),
+]
 # (pattern of "sm_90 fwd_sm80{...}", most bytes of spills and stack, why it cannot be without)
 ALLOWED: list[tuple[str, int, str]] = [
     # 163 KiB hold no tile that is as fast: the scores of 64 x 128 leave 255 registers for two gradients of 64 each.
@@ -25,6 +38,8 @@ ALLOWED: list[tuple[str, int, str]] = [
         32,
         "once a tile of 7,000 cycles",
     ),
+    # Five words that never change are read back from the stack; nothing is written there in the loop.
+    (r"sm_90 bwd_sm80\{.*head_dim=192, head_dim_v=128, .*stages_q=2, stages_do=2", 44, "once a tile of 9,000 cycles"),
 ]
 
 
@@ -33,10 +48,28 @@ def problem_of(kernel: cli.Kernel) -> str | None:
     allowed = max((most for pattern, most, _ in ALLOWED if re.search(pattern, name)), default=0)
     if max(kernel.spill_bytes, kernel.stack_bytes) > allowed:
         return f"{name}: {kernel.spill_bytes} bytes of spills, {kernel.stack_bytes} of stack, allowed is {allowed}"
-    if kernel.seconds > MAX_SECONDS:
-        return f"{name}: {kernel.seconds:.1f} s to compile, allowed is {MAX_SECONDS}"
     warnings = [line for line in kernel.log.splitlines() if "warning" in line.lower()]
     return f"{name}: {warnings[0]}" if warnings else None
+
+
+def longest_allowed(kernel: cli.Kernel) -> float:
+    name = f"sm_{kernel.arch} {kernel.name}"
+    return max((seconds for pattern, seconds, _ in SLOW if re.search(pattern, name)), default=MAX_SECONDS)
+
+
+def compile_again(kernel: cli.Kernel, calls: list[str], keep: Path, library: ctypes.CDLL) -> float:
+    """The least seconds of some more tries, while nothing else is compiled here."""
+    least = kernel.seconds
+    # The folder has every kernel by now: this only asks which call needs this one.
+    asks = (c for c in calls if kernel.file in {k.file for k in cli.compile_call(library, c, kernel.arch, keep)})
+    call = next(asks)
+    for _ in range(TRIES - 1):
+        if least <= longest_allowed(kernel):
+            break
+        with tempfile.TemporaryDirectory() as folder:
+            again = cli.compile_call(library, call, kernel.arch, Path(folder))
+        least = min([least, *(other.seconds for other in again if other.name == kernel.name)])
+    return least
 
 
 def marker(file: Path) -> Path:
@@ -63,6 +96,7 @@ def main() -> int:
             file.unlink()  # not clean, or a run that was cut off
     kernels: list[cli.Kernel] = []
     problems: list[str] = []
+    slow: list[cli.Kernel] = []
 
     def report(kernel: cli.Kernel) -> None:
         kernels.append(kernel)
@@ -71,6 +105,8 @@ def main() -> int:
         problem = problem_of(kernel)
         if problem:
             problems.append(problem)
+        elif kernel.seconds > longest_allowed(kernel):
+            slow.append(kernel)
         else:
             marker(Path(kernel.file)).touch()
         if options.verbose:
@@ -81,20 +117,27 @@ def main() -> int:
             )
 
     cli.find_nvrtc()
-    problems += cli.compile_list(
-        options.list, options.arch, options.keep, cli.load_library(library), options.jobs, report
-    )
+    compiler = cli.load_library(library)
+    problems += cli.compile_list(options.list, options.arch, options.keep, compiler, options.jobs, report)
+    calls = list(cli.calls_of(json.loads(options.list.read_text())))
+    for kernel in slow:
+        seconds = compile_again(kernel, calls, options.keep, compiler)
+        if seconds > longest_allowed(kernel):
+            allowed = longest_allowed(kernel)
+            problems.append(f"sm_{kernel.arch} {kernel.name}: {seconds:.2f} s to compile, allowed is {allowed}")
+        else:
+            marker(Path(kernel.file)).touch()
     seen = {Path(kernel.file) for kernel in kernels}
     for file in options.keep.glob("*.cubin"):
         if file not in seen:
             file.unlink()
             marker(file).unlink(missing_ok=True)
-    slow = [kernel for kernel in kernels if kernel.seconds > WANTED_SECONDS]
-    longest = max((kernel.seconds for kernel in kernels), default=0.0)
+    longest = max(kernels, key=lambda kernel: kernel.seconds, default=None)
     print("\n".join(sorted(problems)))
     print(
         f"{len(kernels)} kernels, {sum(not kernel.cached for kernel in kernels)} of them compiled now, {len(problems)} "
-        f"problems; the slowest took {longest:.1f} s, {len(slow)} more than {WANTED_SECONDS} s"
+        f"problems; {len(slow)} compiled again for their time"
+        + (f"; the slowest: {longest.seconds:.1f} s, sm_{longest.arch} {longest.name}" if longest else "")
     )
     return bool(problems) or not kernels
 

@@ -148,7 +148,7 @@ typedef struct strobe_kernel {
   int32_t arch;
   int32_t cached; /* 1: the folder had it already; the fields below are 0 */
   int32_t registers, stack_bytes, spill_bytes, smem_bytes;
-  double seconds;
+  double seconds; /* of processor time that compiling took */
   const char* log;
 } strobe_kernel;
 typedef void (*strobe_kernel_visitor)(void* context, const strobe_kernel* kernel);

@@ -23,7 +23,7 @@ template <BwdPostConfig C>
 __global__ __launch_bounds__(threads(C)) void bwd_post(const __grid_constant__ BwdLaunch l) {
   static_assert(valid(C));
   constexpr DType kType = DType(C.dtype);
-  constexpr int kThreads = threads(C), kM = C.block_m, kD = bwd_round16(C.head_dim);
+  constexpr int kThreads = threads(C), kM = C.block_m, kD = round_up_16(C.head_dim);
   constexpr int kAcross = C.warps / C.warps_dq, kRows = kM / C.warps_dq, kBlocks = ceil_div(kD / 16, kAcross);
   using Tile = PaddedTile<kM, kD>;
   extern __shared__ __align__(1024) unsigned char smem[];
@@ -65,19 +65,22 @@ __global__ __launch_bounds__(threads(C)) void bwd_post(const __grid_constant__ B
   }
 }
 
-// A block per (block of keys, head of dk or dv, sequence), that of no keys included: it clears padding on the left.
+// A thread per 8 columns of a row: blocks per (part of a block of keys, head of dk or dv, sequence), those of no keys
+// included: they clear padding on the left.
 template <BwdSumConfig C>
-__global__ __launch_bounds__(threads(C)) void bwd_sum(const __grid_constant__ BwdSumLaunch l) {
+__global__ __launch_bounds__(threads(C), 4) void bwd_sum(const __grid_constant__ BwdSumLaunch l) {
   constexpr DType kType = DType(C.dtype);
   const SeqInfo seq = SeqInfo::of(l.p, blockIdx.z);
-  const i64 n = blockIdx.x, head = blockIdx.y, chunks = l.dim / 8, size = l.k_tiles * l.block_n * l.dim;
+  const u32 chunks = u32(l.dim / 8), blocks = u32(bwd_sum_blocks(l.block_n, l.dim, threads(C)));
+  const i64 n = blockIdx.x / blocks + l.first, head = blockIdx.y, size = l.k_tiles * l.block_n * l.dim;
   u16* out = static_cast<u16*>(l.out.data);
-  const i64 keys = seq.rows_k - seq.leftpad, first_tile = bwd_first_k_tile(l.p, seq, l.max_k_tiles, l.block_n);
-  for (i64 at = threadIdx.x; at < l.block_n * chunks; at += threads(C)) {
-    const i64 r = at / chunks, c = at % chunks * 8, j = n * l.block_n + r;
-    if (j >= keys) break;
-    const float* part = l.parts + head * l.count * size + ((first_tile + n) * l.block_n + r) * l.dim + c;
+  const u32 at = blockIdx.x % blocks * u32(threads(C)) + threadIdx.x;
+  const i64 r = at / chunks, c = at % chunks * 8, j = n * l.block_n + r;
+  if (r < l.block_n && j < seq.rows_k - seq.leftpad) {
+    const i64 tile = bwd_first_k_tile(l.p, seq, l.max_k_tiles - l.first, l.block_n) + n - l.first;
+    const float* part = l.parts + head * l.count * size + (tile * l.block_n + r) * l.dim + c;
     float sum[8] = {};
+#pragma unroll 4
     for (i64 s = 0; s < l.count; ++s, part += size) {
       const float4 low = *reinterpret_cast<const float4*>(part), high = *reinterpret_cast<const float4*>(part + 4);
       sum[0] += low.x, sum[1] += low.y, sum[2] += low.z, sum[3] += low.w;
@@ -87,7 +90,7 @@ __global__ __launch_bounds__(threads(C)) void bwd_sum(const __grid_constant__ Bw
         make_uint4(ptx::cvt_pair<kType>(sum[0], sum[1]), ptx::cvt_pair<kType>(sum[2], sum[3]),
                    ptx::cvt_pair<kType>(sum[4], sum[5]), ptx::cvt_pair<kType>(sum[6], sum[7]));
   }
-  if (n != 0) return;
+  if (blockIdx.x != 0 || l.first != 0) return;
   for (i64 at = threadIdx.x; at < min(seq.leftpad, seq.rows_k) * chunks; at += threads(C))
     *reinterpret_cast<uint4*>(out + seq.k_index(l.out, at / chunks - seq.leftpad, head) + at % chunks * 8) =
         make_uint4(0, 0, 0, 0);

@@ -10,12 +10,16 @@
 
 namespace strobe {
 
-constexpr float kBwdLog2e = 1.44269504088896340736f;
+// What sees a key, as it lies in shared memory. Queries from seqlen_q on have a probability of 0: no end is needed.
+__device__ __forceinline__ uint4 seen_of(const Queries& q) {
+  return make_uint4(u32(q.begin), u32(q.end), q.full_begin < q.full_end ? u32(q.full_begin) : 0x7fffffffu, 0);
+}
 
 // tanh by 2^x: error below 1e-6, and no branch.
-__device__ __forceinline__ float bwd_tanh(float x) { return 1.f - 2.f * ptx::rcp(ptx::ex2(2.f * kBwdLog2e * x) + 1.f); }
+__device__ __forceinline__ float bwd_tanh(float x) { return 1.f - 2.f * ptx::rcp(ptx::ex2(2.f * kLog2e * x) + 1.f); }
 
-template <BwdConfig C>
+// C: BwdConfig or BwdKeptConfig.
+template <auto C>
 struct BwdScores {
   const AttnParams& p;
   const SeqInfo& seq;
@@ -39,11 +43,26 @@ struct BwdScores {
   template <bool kMasked, int kM, int kN>
   __device__ __forceinline__ void apply(Fragment<kM, kN>& s, Fragment<kM, kN>& dp, const Kept<kM, kN>& kept) const {
     const int lane = lane_id(), g = lane / 4, t = lane % 4;
-    const float scale_log2 = p.scale * kBwdLog2e;
+    const float scale_log2 = p.scale * kLog2e;
     float slope = 0.f, keep_scale = 1.f;
-    if constexpr (C.alibi) slope = p.alibi_slopes[seq.batch * p.alibi_batch_stride + head] * kBwdLog2e;
+    if constexpr (C.alibi) slope = p.alibi_slopes[seq.batch * p.alibi_batch_stride + head] * kLog2e;
     if constexpr (C.dropout) keep_scale = 1.f / (1.f - p.dropout_p);
     const i32 distance0 = i32(seq.seqlen_k - seq.seqlen_q) + i0 - j0 + 2 * t - g;
+    // Which of 32 queries, from column `first` on, see this lane's key r; bit 0 is the lane's first one.
+    const auto seen_by = [&](int r, int first) {
+      const uint4 q = ptx::ld_shared_16(seen + u32((r * 8 + g) * 16));
+      const i32 from = i0 + first + 2 * t;
+      return (ptx::low_bits(i32(q.y) - from) & ~ptx::low_bits(i32(q.x) - from)) | ~ptx::low_bits(i32(q.z) - from);
+    };
+    // Ahead of the loop where that saves work and registers are left.
+    constexpr bool kAhead = kMasked && kN > 16 && !C.softcap && !C.alibi;
+    u32 ahead[kAhead ? kM / 8 : 1][(kN + 31) / 32];
+    if constexpr (kAhead) {
+#pragma unroll
+      for (int r = 0; r < kM / 8; ++r)
+#pragma unroll
+        for (int first = 0; first < kN; first += 32) ahead[r][first / 32] = seen_by(r, first);
+    }
 #pragma unroll
     for (int n = 0; n < kN / 16; ++n) {
       float2 shift[2], delta[2];
@@ -57,15 +76,11 @@ struct BwdScores {
       for (int m = 0; m < kM / 16; ++m) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          i32 begin = 0, end = 0, full_begin = 0, full_end = 0;
-          if constexpr (kMasked) {
-            const uint4 q = ptx::ld_shared_16(seen + u32((m * 16 + r * 8 + g) * 16));
-            const i32 first = i0 + n * 16 + 2 * t;
-            begin = i32(q.x) - first;
-            end = i32(q.y) - first;
-            full_begin = i32(q.z) - first;
-            full_end = i32(q.w) - first;
-          }
+          u32 visible = 0;
+          if constexpr (kAhead)
+            visible = ahead[m * 2 + r][n / 2] >> (n % 2 * 16);
+          else if constexpr (kMasked)
+            visible = seen_by(m * 2 + r, n * 16);
 #pragma unroll
           for (int h = 0; h < 2; ++h)
 #pragma unroll
@@ -76,7 +91,7 @@ struct BwdScores {
               if constexpr (C.softcap) {
                 const float capped = bwd_tanh(sx * (p.scale / p.softcap));
                 derivative = 1.f - capped * capped;
-                score = capped * (p.softcap * kBwdLog2e);
+                score = capped * (p.softcap * kLog2e);
               } else {
                 score = sx * scale_log2;
               }
@@ -86,11 +101,10 @@ struct BwdScores {
               }
               float prob = ptx::ex2(score + shift_i);
               if constexpr (kMasked) {
-                const int i = h * 8 + e;
-                const bool visible = (i >= begin && i < end) || (i >= full_begin && i < full_end);
-                prob = visible ? prob : 0.f;
-                d = visible ? d : 0.f;
-                if constexpr (C.softcap) derivative = visible ? derivative : 0.f;
+                const bool sees = visible >> (h * 8 + e) & 1;
+                prob = sees ? prob : 0.f;
+                d = sees ? d : 0.f;
+                if constexpr (C.softcap) derivative = sees ? derivative : 0.f;
               }
               float keep = 1.f;
               if constexpr (C.dropout) keep = kept.test(kept.at(n, m, r, h, e)) ? keep_scale : 0.f;

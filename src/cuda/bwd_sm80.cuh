@@ -21,7 +21,7 @@ struct BwdMain {
   static_assert(valid(C));
   static constexpr DType kType = DType(C.dtype);
   static constexpr int kThreads = threads(C), kM = C.block_m, kN = C.block_n;
-  static constexpr int kD = bwd_round16(C.head_dim), kDv = bwd_round16(C.head_dim_v);
+  static constexpr int kD = round_up_16(C.head_dim), kDv = round_up_16(C.head_dim_v);
   static constexpr bool kSharesP = bwd_shares_p(C);
   static constexpr BwdSmem kSmem = bwd_smem(C);
 
@@ -47,18 +47,19 @@ struct BwdMain {
   using LoadQ = RowLoader<QTile, kThreads>;
   using LoadDO = RowLoader<DOTile, kThreads>;
 
-  // A thread block's block of keys, its first head (in units of heads_per_block) and its sequence.
+  // A thread block's block of keys, its query heads and its sequence.
   struct Place {
-    u32 n_block, heads, batch;
+    u32 n_block, head0, batch, heads;
 
     __device__ __forceinline__ static Place of(const BwdLaunch& l) {
-      if (l.first_blocks == 0) return {blockIdx.x, blockIdx.y, blockIdx.z};
-      const u32 others = gridDim.x - u32(l.first_blocks), firsts = u32(l.first_blocks) * gridDim.y * gridDim.z;
-      u32 i = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+      const u32 num_heads = u32(l.p.fwd.num_heads), before = u32(l.first_blocks);
+      u32 i = blockIdx.x;
+      const u32 firsts = before * (num_heads / u32(l.first_heads)) * u32(l.p.fwd.batch);
       const bool first = i < firsts;
       if (!first) i -= firsts;
-      const u32 blocks = first ? u32(l.first_blocks) : others, rest = i / blocks;
-      return {i % blocks + (first ? 0 : u32(l.first_blocks)), rest % gridDim.y, rest / gridDim.y};
+      const u32 heads = first ? u32(l.first_heads) : u32(l.heads_per_block), groups = num_heads / heads;
+      const u32 blocks = first ? before : u32(l.max_k_tiles) - before, rest = i / blocks;
+      return {i % blocks + (first ? 0 : before), rest % groups * heads, rest / groups, heads};
     }
   };
 
@@ -73,7 +74,7 @@ struct BwdMain {
     SeqInfo seq;
     Mask mask;
     i64 first_q_tile;
-    i32 n_block, head0;  // the block of keys, the first query head
+    i32 n_block, head0, heads;  // the block of keys, the first query head and how many
     i32 seqlen_q;
     i32 begin[2], count[2], full_begin[2], full_end[2];
   };
@@ -98,9 +99,10 @@ struct BwdMain {
       State& s = state;
       const Place place = Place::of(l);
       s.n_block = i32(place.n_block);
-      s.head0 = i32(place.heads * l.heads_per_block);
+      s.head0 = i32(place.head0);
+      s.heads = i32(place.heads);
       s.seq = SeqInfo::of(p, place.batch);
-      s.mask = mask_of(p, s.seq);
+      s.mask = l.main_mask(s.seq);
       s.seqlen_q = i32(s.seq.seqlen_q);
       s.first_q_tile = l.first_q_tile(s.seq, kM);
       const Walk walk = s.mask.visit_queries(i64(s.n_block) * kN, i64(s.n_block) * kN + kN, kM);
@@ -109,6 +111,7 @@ struct BwdMain {
         s.count[r] = i32(walk.run[r].end - walk.run[r].begin);
         s.full_begin[r] = i32(walk.run[r].full_begin);
         s.full_end[r] = i32(walk.run[r].full_end);
+        if (s.n_block == 0 && l.kept > 0) s.full_begin[r] = s.full_end[r] = s.begin[r];  // see store_seen()
       }
     }
     __syncthreads();  // the state is written
@@ -191,9 +194,9 @@ struct BwdMain {
   // The queries that see each key, for tiles with a masked pair.
   __device__ __forceinline__ void store_seen() const {
     for (int j = int(threadIdx.x); j < kN; j += kThreads) {
-      const Queries q = state.mask.queries(i64(state.n_block) * kN + j);
-      ptx::st_shared_16(smem + kSmem.seen + j * 16,
-                        make_uint4(u32(q.begin), u32(q.end), u32(q.full_begin), u32(q.full_end)));
+      ptx::st_shared_16(smem + kSmem.seen + j * 16, seen_of(state.mask.queries(i64(state.n_block) * kN + j)));
+      // Keys of bwd_kept: nobody sees them here.
+      if (state.n_block == 0 && j < l.kept) ptx::st_shared_16(smem + kSmem.seen + j * 16, seen_of({0, 0, 0, 0}));
     }
   }
 
@@ -329,8 +332,9 @@ struct BwdMain {
     const int row0 = row(), block = warp % kAcross * kBlocks;
     const i64 rows = seq.rows_k - seq.leftpad - i64(state.n_block) * kN;
     if (parts) {
-      parts += ((state.head0 / l.heads_per_block) * l.k_tiles + bwd_first_k_tile(p, seq, l.max_k_tiles, kN) +
-                state.n_block) *
+      const i32 first = l.first_part();
+      parts += ((state.head0 / l.heads_per_block) * l.k_tiles + bwd_first_k_tile(p, seq, l.max_k_tiles - first, kN) +
+                state.n_block - first) *
                i64(kN * kDim);
 #pragma unroll
       for (int r = 0; r < kRows / 8; ++r)
@@ -379,15 +383,17 @@ struct BwdMain {
     Gradient<kBlocksV> dv;
     dk.clear();
     dv.clear();
-    const i32 total = (state.count[0] + state.count[1]) * i32(l.heads_per_block);
+    const i32 total = (state.count[0] + state.count[1]) * state.heads;
     if (total > 0) loop(total, dk, dv);
     __syncthreads();  // nobody reads shared memory any more
     const i32 hk = state.head0 / l.per_k, hv = state.head0 / l.per_v;
-    write<KTile, C.head_dim, kRaggedK, kBlocksK>(dk, smem + kSmem.k, p.scale, b.dk, hk, l.dk_parts);
-    write<VTile, C.head_dim_v, kRaggedV, kBlocksV>(dv, smem + kSmem.v, 1.f, b.dv, hv, l.dv_parts);
+    float* const dk_parts = state.heads < l.per_k ? l.dk_parts : nullptr;  // where others share the head
+    float* const dv_parts = state.heads < l.per_v ? l.dv_parts : nullptr;
+    write<KTile, C.head_dim, kRaggedK, kBlocksK>(dk, smem + kSmem.k, p.scale, b.dk, hk, dk_parts);
+    write<VTile, C.head_dim_v, kRaggedV, kBlocksV>(dv, smem + kSmem.v, 1.f, b.dv, hv, dv_parts);
     if (seq.leftpad > 0 && state.n_block == 0) {
-      if (!l.dk_parts) clear_leftpad<C.head_dim>(b.dk, hk);
-      if (!l.dv_parts) clear_leftpad<C.head_dim_v>(b.dv, hv);
+      if (!dk_parts) clear_leftpad<C.head_dim>(b.dk, hk);
+      if (!dv_parts) clear_leftpad<C.head_dim_v>(b.dv, hv);
     }
   }
 

@@ -16,7 +16,7 @@ struct Cubin {
 // What ptxas said about the kernel, and what it cost.
 struct CompileReport {
   int registers = 0, stack_bytes = 0, spill_stores = 0, spill_loads = 0;
-  double seconds = 0;
+  double seconds = 0;  // of processor time
   std::string log;
 };
 

@@ -1,5 +1,6 @@
 #include "host/plan_backward.h"
 
+#include <cmath>
 #include <numeric>
 #include <string>
 
@@ -9,8 +10,8 @@ namespace strobe::host {
 namespace {
 
 // Places of the plan's offsets and values.
-enum Part { kStats, kDqAcc, kTurns, kDkParts, kDvParts, kSinks };
-enum Value { kBlockM, kBlockN, kDqTile, kTurnsPerTile, kHeadsPerBlock, kFirstBlocks };
+enum Part { kStats, kDqAcc, kTurns, kDkParts, kDvParts, kSinks, kKeptParts };
+enum Value { kBlockM, kBlockN, kDqTile, kHeadsPerBlock, kFirstBlocks, kFirstHeads, kKept, kKeptTiles };
 constexpr i64 kNowhere = -1;
 
 // Tiles of all sequences, per head: packed ones may each leave a tile partly empty.
@@ -20,8 +21,9 @@ i64 tiles_of(bool packed, i64 total, i64 longest, i64 batch, i64 block) {
 i64 q_tiles(const AttnParams& p, i64 block_m) {
   return tiles_of(p.cu_seqlens_q, p.total_q, p.seqlen_q, p.batch, block_m);
 }
-i64 k_tiles(const AttnParams& p, i64 block_n) {
-  return tiles_of(p.cu_seqlens_k, p.total_k, p.seqlen_k, p.batch, block_n);
+// Without the first ones of each sequence, where there are such.
+i64 k_tiles(const AttnParams& p, i64 block_n, i64 without) {
+  return tiles_of(p.cu_seqlens_k, p.total_k, max<i64>(0, p.seqlen_k - without * block_n), p.batch, block_n);
 }
 i64 longest_tiles(i64 longest, i64 block) { return max<i64>(1, ceil_div(longest, block)); }
 
@@ -37,19 +39,60 @@ i64 tiles_seen(const AttnParams& p, const BwdConfig& config, i64 n) {
   return max<i64>(1, mask.visit_queries(n * config.block_n, (n + 1) * config.block_n, config.block_m).tiles());
 }
 
-// A block takes all query heads that read the same heads of k and of v, or fewer where that leaves processors idle.
-// Time is estimated in tiles: of all waves, and of the first block, which may hold kept tokens that every query sees.
-i64 heads_per_block(const AttnParams& p, const BwdConfig& config, int sm_count) {
+// How the main kernel's blocks share the query heads: some blocks of keys start first and take `first_heads` each.
+struct Heads {
+  i64 per_block, first_blocks, first_heads;
+};
+
+// A block takes all query heads that read the same heads of k and of v, or fewer where that leaves processors idle:
+// then their dK and dV are partial and have to be summed. Where blocks are alike, as in a window, those of the waves
+// that fill every processor take all heads, and only the rest is divided. Time is estimated in tiles.
+Heads share_heads(const AttnParams& p, const BwdConfig& config, int sm_count) {
+  constexpr double kStart = 1.7;   // of a block: its keys' way in, its gradients' way out
+  constexpr double kSumRow = 0.9;  // to write and read a partial row of dK and dV, times pairs of a tile
+  constexpr i64 kSamples = 32;
   const i64 share = std::gcd(p.num_heads / p.num_heads_k, p.num_heads / p.num_heads_v);
+  if (share == 1) return {1, 0, 1};
   const i64 blocks = longest_tiles(p.seqlen_k, config.block_n);
-  const i64 first = tiles_seen(p, config, 0), middle = tiles_seen(p, config, blocks / 2);
-  const auto cost = [&](i64 heads) {
-    const i64 waves = ceil_div<i64>(blocks * p.batch * (p.num_heads / heads), i64(sm_count) * config.blocks);
-    return heads * max(waves * middle, first);
+  const double slots = double(sm_count) * config.blocks, sequences = double(p.batch);
+  const double first = double(tiles_seen(p, config, 0)), middle = double(tiles_seen(p, config, blocks / 2));
+  const auto cost = [&](i64 heads, i64 whole) {
+    const i64 step = ceil_div(blocks - whole, kSamples);
+    double work = 0, longest = 0, samples = 0, alike = 0;  // of what is divided: tiles, blocks of nearly as many
+    for (i64 n = whole; n < blocks; n += step, ++samples) {
+      const double tiles = double(tiles_seen(p, config, n));
+      work += tiles;
+      if (tiles * 0.75 > longest) alike = 0;
+      longest = max(longest, tiles);
+      alike += tiles > longest * 0.75;
+    }
+    const double groups = double(p.num_heads) / double(heads) * sequences, count = double(blocks - whole) * groups;
+    const double waves = std::ceil(count * alike / samples / slots) * (double(heads) * longest + kStart);
+    double time = max(waves, count * (work / samples * double(heads) + kStart) / slots) + double(heads) * middle / 2;
+    if (heads < share) time += kSumRow * count / double(config.block_m);
+    if (whole > 0) {
+      const double wave = double(share) * middle + kStart;
+      time += wave * std::ceil(double(whole) * double(p.num_heads / share) * sequences / slots);
+    }
+    return max(time, double(heads) * first);
   };
-  i64 best = share;
-  for (i64 heads = share - 1; heads > 0; --heads)
-    if (share % heads == 0 && cost(heads) * 10 < cost(best) * 9) best = heads;  // sums of partial dK and dV cost, too
+  Heads best = {share, 0, share};
+  double least = cost(share, 0);
+  const auto consider = [&](i64 heads, i64 whole) {
+    const double time = cost(heads, whole);
+    if (time > 0.97 * least) return;  // no trouble for nothing
+    least = time;
+    best = {heads, whole, whole > 0 ? share : heads};
+  };
+  // All whole waves of blocks that take all heads.
+  const double in_a_wave = slots / (double(p.num_heads / share) * sequences);
+  const i64 waves = i64(double(blocks) / in_a_wave);
+  const bool alike = first <= 1.25 * middle && p.num_heads_k == p.num_heads_v && !p.cu_seqlens_k && waves > 0;
+  for (i64 heads = share - 1; heads > 0; --heads) {
+    if (share % heads != 0) continue;
+    consider(heads, 0);
+    if (alike) consider(heads, min(blocks - 1, i64(double(waves) * in_a_wave)));
+  }
   return best;
 }
 
@@ -61,6 +104,18 @@ i64 first_blocks(const AttnParams& p, const BwdConfig& config) {
   if (p.keep_first > 0 && blocks * p.num_heads * p.batch < i64(1) << 31)
     while (n < min(blocks, kMost) && tiles_seen(p, config, n) > 2 * middle) ++n;
   return n;
+}
+
+// Kept tokens for bwd_kept, all or none: few of them, where they would make one block of the main kernel much longer
+// than others.
+i64 kept_apart(const AttnParams& p, const BwdConfig& config) {
+  return p.keep_first <= kBwdKept && first_blocks(p, config) > 0 ? p.keep_first : 0;
+}
+
+// Tiles of queries that a block of bwd_kept takes: as many as give every processor all the blocks that it holds.
+i64 kept_tiles(i64 tiles, int sm_count) {
+  constexpr i64 kBlocksPerSm = 4, kMost = 16;
+  return max<i64>(1, min(kMost, ceil_div(tiles, sm_count * kBlocksPerSm)));
 }
 
 [[noreturn]] void refuse_dims(const AttnParams& p) {
@@ -81,8 +136,13 @@ Plan plan_backward(const BackwardParams& params, const DeviceInfo& device, const
   const AttnParams& p = params.fwd;
   const BwdConfig config = bwd_config(params, tile);
   if (!valid(config)) refuse_dims(p);
-  const i64 heads = heads_per_block(p, config, device.sm_count), parts = p.num_heads / heads;
-  const i64 tiles = p.num_heads * q_tiles(p, config.block_m), keys = k_tiles(p, config.block_n) * config.block_n;
+  AttnParams main = p;  // what the main kernel sees of it
+  const i64 kept = kept_apart(p, config);
+  if (kept > 0) main.keep_first = 0;
+  Heads heads = share_heads(main, config, device.sm_count);
+  const i64 whole = heads.first_blocks, parts = p.num_heads / heads.per_block;
+  if (whole == 0) heads.first_blocks = first_blocks(main, config);
+  const i64 tiles = p.num_heads * q_tiles(p, config.block_m), keys = k_tiles(p, config.block_n, whole) * config.block_n;
   const i64 max_q_tiles = longest_tiles(p.seqlen_q, config.block_m);
   const i64 max_k_tiles = longest_tiles(p.seqlen_k, config.block_n);
   const i64 dq_tile = i64(config.block_m) * bwd_dq_cols(config);
@@ -91,9 +151,12 @@ Plan plan_backward(const BackwardParams& params, const DeviceInfo& device, const
   plan.values[kBlockM] = config.block_m;
   plan.values[kBlockN] = config.block_n;
   plan.values[kDqTile] = dq_tile;
-  plan.values[kTurnsPerTile] = config.warps + 2;
-  plan.values[kHeadsPerBlock] = heads;
-  plan.values[kFirstBlocks] = first_blocks(p, config);
+  plan.values[kHeadsPerBlock] = heads.per_block;
+  plan.values[kFirstBlocks] = heads.first_blocks;
+  plan.values[kFirstHeads] = heads.first_heads;
+  plan.values[kKept] = kept;
+  plan.values[kKeptTiles] = kept_tiles(max_q_tiles * p.num_heads * p.batch, device.sm_count);
+  const i64 kept_blocks = ceil_div(max_q_tiles, plan.values[kKeptTiles]);
   const auto reserve = [&](Part part, bool needed, i64 words) {
     plan.offsets[part] = needed ? plan.reserve(words * 4) : kNowhere;
   };
@@ -103,22 +166,37 @@ Plan plan_backward(const BackwardParams& params, const DeviceInfo& device, const
   reserve(kDkParts, parts != p.num_heads_k, parts * keys * p.head_dim);
   reserve(kDvParts, parts != p.num_heads_v, parts * keys * p.head_dim_v);
   reserve(kSinks, params.ds_aux, p.num_heads * p.batch * max_q_tiles);
+  reserve(kKeptParts, kept > 0, p.num_heads * p.batch * kept_blocks * kept * (p.head_dim + p.head_dim_v));
 
-  const auto add = [&](const KernelTemplate& kernel, const auto& c, i64 x, i64 y) {
+  const auto add = [&](const KernelTemplate& kernel, const auto& c, i64 x, i64 y, i64 z) {
     Launch& launch = plan.add();
     launch.kernel = kernel_ref(kernel, c);
     launch.grid[0] = u32(x);
     launch.grid[1] = u32(y);
-    launch.grid[2] = u32(p.batch);
+    launch.grid[2] = u32(z);
     launch.threads = u32(threads(c));
     launch.smem = u32(smem_bytes(c));
   };
-  add(kBwdPre, BwdPreConfig{config.dtype, config.head_dim_v, config.block_m}, max_q_tiles, p.num_heads);
-  add(kBwdSm80, config, max_k_tiles, parts);
+  if (kept > 0)
+    add(kBwdKeptPre,
+        BwdKeptConfig{config.dtype, config.head_dim, config.head_dim_v, config.block_m, config.warps, config.warps_dq,
+                      config.softcap, config.alibi, config.dropout},
+        kept_blocks, p.num_heads, p.batch);
+  else
+    add(kBwdPre, BwdPreConfig{config.dtype, config.head_dim_v, config.block_m}, max_q_tiles, p.num_heads, p.batch);
+  const i64 first_groups = p.num_heads / heads.first_heads;
+  const i64 main_blocks = heads.first_blocks * first_groups + (max_k_tiles - heads.first_blocks) * parts;
+  add(kBwdSm80, config, main_blocks * p.batch, 1, 1);
   add(kBwdPost, BwdPostConfig{config.dtype, config.head_dim, config.block_m, config.warps, config.warps_dq},
-      max_q_tiles, p.num_heads);
-  if (plan.offsets[kDkParts] != kNowhere) add(kBwdSum, BwdSumConfig{config.dtype}, max_k_tiles, p.num_heads_k);
-  if (plan.offsets[kDvParts] != kNowhere) add(kBwdSum, BwdSumConfig{config.dtype}, max_k_tiles, p.num_heads_v);
+      max_q_tiles, p.num_heads, p.batch);
+  const BwdSumConfig sum = {config.dtype};
+  const auto add_sum = [&](Part part, i64 dim, i64 num_heads) {
+    const i64 blocks = (max_k_tiles - whole) * bwd_sum_blocks(config.block_n, dim, threads(sum));
+    if (plan.offsets[part] != kNowhere) add(kBwdSum, sum, blocks, num_heads, p.batch);
+  };
+  add_sum(kDkParts, p.head_dim, p.num_heads_k);
+  add_sum(kDvParts, p.head_dim_v, p.num_heads_v);
+  if (kept > 0) add(kBwdKeptSum, sum, kept, p.num_heads_k + p.num_heads_v, p.batch);
   return plan;
 }
 
@@ -137,26 +215,31 @@ void fill_backward(const BackwardParams& params, const Plan& plan, void* workspa
   l.dv_parts = static_cast<float*>(at(kDvParts));
   l.sinks = static_cast<float*>(at(kSinks));
   l.q_tiles = q_tiles(p, block_m);
-  l.k_tiles = k_tiles(p, block_n);
   l.max_q_tiles = longest_tiles(p.seqlen_q, block_m);
   l.max_k_tiles = longest_tiles(p.seqlen_k, block_n);
   l.dq_tile = plan.values[kDqTile];
-  l.turns_per_tile = plan.values[kTurnsPerTile];
+  l.turns_per_tile = plan.launches[1].threads / 32 + 2;
   l.heads_per_block = heads;
   l.block_n = block_n;
   l.per_k = i32(p.num_heads / p.num_heads_k);
   l.per_v = i32(p.num_heads / p.num_heads_v);
   l.first_blocks = i32(plan.values[kFirstBlocks]);
+  l.first_heads = i32(plan.values[kFirstHeads]);
+  l.k_tiles = k_tiles(p, block_n, l.first_part());
+  l.kept_parts = static_cast<float*>(at(kKeptParts));
+  l.kept = i32(plan.values[kKept]);
+  l.kept_tiles = i32(plan.values[kKeptTiles]);
   for (int i = 0; i < 3; ++i) blocks.emplace<BwdLaunch>(i) = l;
 
   int launch = 3;
   const auto add_sum = [&](const float* parts, const Rows& out, i64 dim, i64 num_heads) {
     if (!parts) return;
     BwdSumLaunch& sum = blocks.emplace<BwdSumLaunch>(launch++);
-    sum = {p, out, parts, dim, p.num_heads / heads / num_heads, l.k_tiles, l.max_k_tiles, block_n};
+    sum = {p, out, parts, dim, p.num_heads / heads / num_heads, l.k_tiles, l.max_k_tiles, block_n, l.first_part()};
   };
   add_sum(l.dk_parts, params.dk, p.head_dim, p.num_heads_k);
   add_sum(l.dv_parts, params.dv, p.head_dim_v, p.num_heads_v);
+  if (l.kept > 0) blocks.emplace<BwdLaunch>(launch) = l;
 }
 
 }  // namespace strobe::host

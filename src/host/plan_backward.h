@@ -1,5 +1,5 @@
-// The backward pass as launches: delta, the main kernel, dQ's conversion, and sums of dK and dV where several blocks
-// share a head of keys.
+// The backward pass as launches: delta (and few kept tokens), the main kernel, dQ's conversion, and sums of dK and dV
+// where several blocks share a head of keys.
 #pragma once
 
 #include "core/launch_bwd.h"
@@ -10,6 +10,10 @@ namespace strobe::host {
 
 inline constexpr KernelTemplate kBwdPre =
     kernel_template<BwdPreConfig>("cuda/bwd_pre.cuh", "strobe::bwd_pre", "strobe::BwdPreConfig");
+inline constexpr KernelTemplate kBwdKeptPre =
+    kernel_template<BwdKeptConfig>("cuda/bwd_kept.cuh", "strobe::bwd_kept", "strobe::BwdKeptConfig");
+inline constexpr KernelTemplate kBwdKeptSum =
+    kernel_template<BwdSumConfig>("cuda/bwd_kept.cuh", "strobe::bwd_kept_sum", "strobe::BwdSumConfig");
 inline constexpr KernelTemplate kBwdSm80 =
     kernel_template<BwdConfig>("cuda/bwd_sm80.cuh", "strobe::bwd_sm80", "strobe::BwdConfig");
 inline constexpr KernelTemplate kBwdPost =

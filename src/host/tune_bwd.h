@@ -63,7 +63,7 @@ inline BwdConfig bwd_config(const BackwardParams& params, const BwdTile& t) {
 inline const BwdTile* find_bwd_tile(const BackwardParams& params, const DeviceInfo& device) {
   const i64 head_dim = params.fwd.head_dim, head_dim_v = params.fwd.head_dim_v;
   for (const BwdTile& t : kBwdTiles) {
-    if (bwd_round16(int(head_dim)) > t.max_dim || bwd_round16(int(head_dim_v)) > t.max_dim_v) continue;
+    if (round_up_16(int(head_dim)) > t.max_dim || round_up_16(int(head_dim_v)) > t.max_dim_v) continue;
     const BwdConfig c = bwd_config(params, t);
     if (valid(c) && smem_bytes(c) <= device.smem_per_block) return &t;
   }
