@@ -27,6 +27,8 @@ STROBE_HD float log_f32(float x) { return __builtin_logf(x); }
 STROBE_HD float tanh_f32(float x) { return __builtin_tanhf(x); }
 #endif
 
+constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
+
 // Larger than any length, small enough that sums of a few of them do not overflow.
 constexpr i64 kUnbounded = i64(1) << 60;
 
@@ -44,5 +46,6 @@ template <class T>
 STROBE_HD constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
+STROBE_HD constexpr int round_up_16(int n) { return (n + 15) / 16 * 16; }
 
 }  // namespace strobe

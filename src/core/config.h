@@ -6,8 +6,6 @@
 
 namespace strobe {
 
-constexpr int round_up_16(int n) { return (n + 15) / 16 * 16; }
-
 struct FwdConfig {
   i32 dtype = 0;                     // DType
   i32 head_dim = 0, head_dim_v = 0;  // as in memory

@@ -1,12 +1,10 @@
 // exp and tanh of vectors, to about 2e-7 of the value.
 #pragma once
 
+#include "core/base.h"
 #include "simd.h"
 
 namespace strobe::cpu::STROBE_ISA {
-
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // 2^x. Below 2^-126 it is 0, so exp2(-inf) = 0; NaN stays NaN.
 STROBE_INLINE vf exp2(vf x) {

@@ -8,8 +8,6 @@
 
 namespace strobe {
 
-constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
-
 // A row's visible keys (mask.h's Keys) as they lie in shared memory.
 struct RowKeys {
   i32 kept_end, begin, end, pad;

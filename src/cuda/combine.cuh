@@ -6,6 +6,8 @@
 #include "core/launch.h"
 #include "core/softmax.h"
 #include "cuda/epilogue.cuh"
+#include "cuda/ptx/grid.cuh"
+#include "cuda/ptx/memory.cuh"
 
 namespace strobe {
 
@@ -21,6 +23,7 @@ __global__ __launch_bounds__(threads(C)) void combine(const __grid_constant__ Co
   u32 n = blockIdx.x;
   const u32 i = launch.rows.take(n), h = launch.heads.take(n);
   const SeqInfo seq = SeqInfo::of(p, n);
+  ptx::wait_for_prerequisites();
   if (i >= seq.rows_q) return;
   u16* const out = static_cast<u16*>(p.out.data) + seq.q_index(p.out, i, h);
   const int lane = lane_id(), warp = warp_id();
@@ -41,21 +44,38 @@ __global__ __launch_bounds__(threads(C)) void combine(const __grid_constant__ Co
 
   float4 sum[kEach] = {};
   if (used) {
-#pragma unroll 2
-    for (int part = warp; part < launch.num_splits; part += kWarps) {
-      const i64 at = first + part * stride;
-      const float2 s = state[at];
-      if (s.y == 0.f) continue;  // nothing was seen, nothing was written
-      const float factor = rescale(s.x, row.max);
+    // Loads of several parts are under way at once: nothing branches between them.
+    constexpr int kTogether = kEach < 4 ? 4 / kEach : 1;
+    const int last = launch.num_splits - 1;
+#pragma unroll 1
+    for (int begin = warp; begin <= last; begin += kWarps * kTogether) {
+      float2 s[kTogether];
+      float4 x[kTogether][kEach];
+      i64 at[kTogether];
 #pragma unroll
-      for (int e = 0; e < kEach; ++e) {
-        const int col = e * 128 + lane * 4;
-        if (col >= kDim) continue;
-        const float4 x = *reinterpret_cast<const float4*>(launch.partial_out + at * kDim + col);
-        sum[e].x += x.x * factor;
-        sum[e].y += x.y * factor;
-        sum[e].z += x.z * factor;
-        sum[e].w += x.w * factor;
+      for (int t = 0; t < kTogether; ++t) {
+        const int part = begin + t * kWarps;
+        at[t] = first + min(part, last) * stride;
+        s[t] = state[at[t]];
+        if (part > last) s[t].y = 0.f;
+      }
+#pragma unroll
+      for (int t = 0; t < kTogether; ++t)
+#pragma unroll
+        for (int e = 0; e < kEach; ++e) {
+          const int col = e * 128 + lane * 4;  // a part that saw no key was not written
+          x[t][e] = ptx::ld_global_16(launch.partial_out + at[t] * kDim + col, s[t].y != 0.f && col < kDim);
+        }
+#pragma unroll
+      for (int t = 0; t < kTogether; ++t) {
+        const float factor = s[t].y != 0.f ? rescale(s[t].x, row.max) : 0.f;
+#pragma unroll
+        for (int e = 0; e < kEach; ++e) {
+          sum[e].x += x[t][e].x * factor;
+          sum[e].y += x[t][e].y * factor;
+          sum[e].z += x[t][e].z * factor;
+          sum[e].w += x[t][e].w * factor;
+        }
       }
     }
   }

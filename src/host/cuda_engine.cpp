@@ -4,9 +4,11 @@
 
 #include "host/jit.h"
 #include "host/launch.h"
+#include "host/plan_append.h"
 #include "host/plan_backward.h"
 #include "host/plan_forward.h"
 #include "host/plan_sm90.h"
+#include "host/plan_split.h"
 
 namespace strobe::cuda {
 namespace {
@@ -23,10 +25,10 @@ void check_workspace(const host::Plan& plan, void* workspace) {
                   std::to_string(host::kWorkspaceAlign));
 }
 
-// Whether another kernel runs before attention.
-bool appends(const KVCacheParams& c) { return (c.k_new.data && c.fwd.seqlen_new > 0) || c.rotary_dim > 0; }
-
-bool on_sm90(const host::Plan& plan) { return plan.count > 0 && plan.launches[0].kernel.source == &host::kFwdSm90; }
+bool on_sm90(const host::Plan& plan) {
+  const host::Launch& forward = plan.launches[plan.values[host::kForwardAt]];
+  return plan.count > 0 && forward.kernel.source == &host::kFwdSm90;
+}
 
 [[noreturn, gnu::cold]] void refuse_head_dims(AttnParams p, const host::DeviceInfo& device) {
   const i64 head_dim = p.head_dim, head_dim_v = p.head_dim_v;
@@ -44,6 +46,25 @@ bool on_sm90(const host::Plan& plan) { return plan.count > 0 && plan.launches[0]
                                       std::to_string(head_dim) + " of q and k with " + std::to_string(head_dim_v) +
                                       " of v, the nearest that fit are " + std::to_string(near_dim) + " and " +
                                       std::to_string(near_dim_v));
+}
+
+void fill_attention(const AttnParams& p, const host::Plan& plan, void* workspace, host::LaunchParams& params) {
+  (on_sm90(plan) ? host::fill_forward_sm90 : host::fill_forward)(p, plan, workspace, params);
+}
+
+// Picks the engine.
+void add_attention(host::Plan& plan, const AttnParams& params, const host::DeviceInfo& device) {
+  plan.why = "backend is 'sm80'";
+  if (params.engine != Engine::sm80) {
+    const char* const refusal = host::refusal_sm90(params, device);
+    const bool asked = params.engine == Engine::sm90;
+    if (asked && refusal) [[unlikely]]
+      throw Error(STROBE_UNSUPPORTED, std::string("backend 'sm90' cannot serve this call because ") + refusal);
+    plan.why = refusal ? refusal : asked ? "backend is 'sm90'" : "it is the faster engine for this shape";
+    if (!refusal && (asked || host::prefers_sm90(params, device))) return host::add_forward_sm90(plan, params, device);
+  }
+  check_forward_fits(params, device);
+  host::add_forward(plan, params, device);
 }
 
 template <class Params, class Fill>
@@ -64,21 +85,8 @@ void check_forward_fits(const AttnParams& params, const host::DeviceInfo& device
 }
 
 host::Plan plan(const AttnParams& params, const host::DeviceInfo& device) {
-  const char* why = "backend is 'sm80'";
-  if (params.engine != Engine::sm80) {
-    why = host::refusal_sm90(params, device);
-    if (params.engine == Engine::sm90 && why) [[unlikely]]
-      throw Error(STROBE_UNSUPPORTED, std::string("backend 'sm90' cannot serve this call because ") + why);
-    if (!why && (params.engine == Engine::sm90 || host::prefers_sm90(params, device))) {
-      host::Plan plan = host::plan_forward_sm90(params, device);
-      plan.why = params.engine == Engine::sm90 ? "backend is 'sm90'" : "it is the faster engine for this shape";
-      return plan;
-    }
-    if (!why) why = "it is the faster engine for this shape";
-  }
-  check_forward_fits(params, device);
-  host::Plan plan = host::plan_forward(params, device);
-  plan.why = why;
+  host::Plan plan;
+  add_attention(plan, params, device);
   return plan;
 }
 host::Plan plan(const AttnParams& params, const host::Device& device) { return plan(params, device.info); }
@@ -88,14 +96,13 @@ host::Plan plan(const BackwardParams& params, const host::Device& device) {
   }
   return host::plan_backward(params, device.info);
 }
-host::Plan plan(const KVCacheParams& params, const host::Device& device) {
-  if (!appends(params)) return plan(params.fwd, device.info);
-  if (params.fwd.engine == Engine::sm90)
-    throw Error(STROBE_UNSUPPORTED,
-                "backend 'sm90' cannot serve this call because keys are appended or queries turned before it");
-  check_forward_fits(params.fwd, device.info);
-  return host::plan_kvcache(params, device.info);
+host::Plan plan(const KVCacheParams& params, const host::DeviceInfo& device) {
+  host::Plan plan;
+  host::add_append(plan, params);
+  add_attention(plan, host::attention_of(params, plan, nullptr), device);
+  return plan;
 }
+host::Plan plan(const KVCacheParams& params, const host::Device& device) { return plan(params, device.info); }
 
 std::string explain(const host::Plan& plan) {
   if (plan.count == 0) return "nothing to compute";
@@ -112,7 +119,7 @@ std::string explain(const host::Plan& plan) {
 }
 
 void run(const AttnParams& params, const host::Plan& plan, const host::Device& device, void* workspace, void* stream) {
-  run_plan(params, plan, device, workspace, stream, on_sm90(plan) ? host::fill_forward_sm90 : host::fill_forward);
+  run_plan(params, plan, device, workspace, stream, fill_attention);
 }
 void run(const BackwardParams& params, const host::Plan& plan, const host::Device& device, void* workspace,
          void* stream) {
@@ -120,8 +127,10 @@ void run(const BackwardParams& params, const host::Plan& plan, const host::Devic
 }
 void run(const KVCacheParams& params, const host::Plan& plan, const host::Device& device, void* workspace,
          void* stream) {
-  if (on_sm90(plan)) return run(params.fwd, plan, device, workspace, stream);
-  run_plan(params, plan, device, workspace, stream, host::fill_kvcache);
+  run_plan(params, plan, device, workspace, stream, [](const auto& c, const auto& plan, void* space, auto& blocks) {
+    host::fill_append(c, plan, space, blocks);
+    fill_attention(host::attention_of(c, plan, space), plan, space, blocks);
+  });
 }
 
 }  // namespace strobe::cuda

@@ -22,6 +22,7 @@ host::Plan plan(const AttnParams& params, const host::Device& device);
 host::Plan plan(const AttnParams& params, const host::DeviceInfo& device);
 host::Plan plan(const BackwardParams& params, const host::Device& device);
 host::Plan plan(const KVCacheParams& params, const host::Device& device);
+host::Plan plan(const KVCacheParams& params, const host::DeviceInfo& device);
 
 // Compile and load what is cold, then launch. Throw Error, also for a cold kernel on a stream that is being captured.
 void run(const AttnParams& params, const host::Plan& plan, const host::Device& device, void* workspace, void* stream);

@@ -1,10 +1,10 @@
 // What a call runs: kernels with their Configs, grids and the workspace that the caller allocates. A Plan is a pure
 // function of (parameters, DeviceInfo): no CUDA call, no allocation, so that it is tested on any machine.
 //
-//   Plan plan_forward(const AttnParams&, const DeviceInfo&);                                        plan_forward.h
+//   void add_forward(Plan&, const AttnParams&, const DeviceInfo&);                                  plan_forward.h
 //   void fill_forward(const AttnParams&, const Plan&, void* workspace, LaunchParams&);
-//   Plan plan_kvcache(const KVCacheParams&, const DeviceInfo&);                                     plan_forward.h
-//   void fill_kvcache(const KVCacheParams&, const Plan&, void* workspace, LaunchParams&);
+//   void add_forward_sm90(Plan&, const AttnParams&, const DeviceInfo&);                             plan_sm90.h
+//   void add_append(Plan&, const KVCacheParams&);                                                   plan_append.h
 //   Plan plan_backward(const BackwardParams&, const DeviceInfo&);                                   plan_backward.h
 //   void fill_backward(const BackwardParams&, const Plan&, void* workspace, LaunchParams&);
 //
@@ -81,7 +81,8 @@ struct Launch {
   KernelRef kernel;
   u32 grid[3] = {1, 1, 1};
   u32 threads = 0;
-  u32 smem = 0;  // dynamic shared memory, bytes
+  u32 smem = 0;           // dynamic shared memory, bytes
+  bool overlaps = false;  // may start before the launch ahead of it has ended: its kernel waits for that itself
 };
 
 struct Plan {

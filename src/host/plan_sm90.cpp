@@ -1,29 +1,15 @@
 // Chooses tiles, packing and splits from the problem's shape alone: lengths in device memory are not read.
 #include "host/plan_sm90.h"
 
+#include <numeric>
+
 #include "host/plan_forward.h"
+#include "host/plan_split.h"
 
 namespace strobe::host {
 namespace {
 
-// What a Plan's offsets and values hold.
-enum Offset { kPartialOut, kPartialState, kCounter };
-enum Value { kGroup, kMBlocks, kSection, kTiles, kDynamic };
-
-constexpr i64 kMaxSplits = 128;
-constexpr i64 kPackTokens = 256;  // longer queries fill their tiles without packing
 constexpr i64 kWarpgroupRows = 64;
-
-i64 gcd(i64 a, i64 b) {
-  while (b != 0) {
-    const i64 rest = a % b;
-    a = b;
-    b = rest;
-  }
-  return a;
-}
-
-bool empty(const AttnParams& p) { return p.batch == 0 || p.num_heads == 0 || p.seqlen_q == 0 || p.total_q == 0; }
 
 // Whether tensor copies can read a tensor with these sizes: they take strides that are multiples of 16 bytes.
 bool copyable(const Rows& rows, i64 count, i64 heads, i64 batches) {
@@ -46,13 +32,11 @@ KeyRows key_rows(const AttnParams& p) {
 bool masked(const AttnParams& p) { return p.causal || p.window_left >= 0 || p.window_right >= 0; }
 bool ragged(const AttnParams& p) { return p.cu_seqlens_q || p.cu_seqlens_k || p.seqused_q || p.seqused_k; }
 
-// Keys that a row block of `tokens` queries can see at most.
-i64 visible_keys(const AttnParams& p, i64 tokens) {
-  const bool unbounded = p.window_left < 0 || p.full_from || (p.force_fa_decode && p.seqlen_q == 1);
-  if (unbounded) return p.seqlen_k;
-  const i64 right = p.causal ? 0 : p.window_right < 0 ? p.seqlen_k : p.window_right;
-  return min(p.seqlen_k,
-             min(p.keep_first, p.seqlen_k) + min(p.window_left, p.seqlen_k) + min(right, p.seqlen_k) + tokens);
+Masking masking_of(const AttnParams& p) {
+  const i64 right = p.causal ? 0 : p.window_right;
+  const bool window = p.window_left >= 0 && right >= 0 && !p.full_from;
+  if (window && p.window_left < kNarrowKeys && p.window_left + right < kNarrowKeys) return kNarrowWindow;
+  return masked(p) || ragged(p) ? kSomeKeys : kEveryKey;
 }
 
 struct Shape {
@@ -68,15 +52,15 @@ Shape shape_of(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune*
   c.head_dim = i32(p.head_dim);
   c.head_dim_v = i32(p.head_dim_v);
   c.packed = p.cu_seqlens_q != nullptr;
-  c.paged = p.page_size ? i32(gcd(p.page_size, 64)) : 0;
+  c.paged = p.page_size ? i32(std::gcd(p.page_size, i64(64))) : 0;
   c.softcap = p.softcap != 0.f;
   // A packed tile's queries are one box of (heads, tokens): both are powers of 2.
-  s.group = gcd(gcd(p.num_heads / p.num_heads_k, p.num_heads / p.num_heads_v), kWarpgroupRows);
+  s.group = std::gcd(heads_in_common(p), kWarpgroupRows);
   if (p.seqlen_q > kPackTokens) s.group = 1;
   c.pack = s.group > 1;
   const i64 rows = p.seqlen_q * s.group;
   s.fits = tile ? set_tile(c, *tile, device.smem_per_block)
-                : tune_forward_sm90(c, rows, masked(p) || ragged(p), device.smem_per_block);
+                : tune_forward_sm90(c, rows, masking_of(p), device.smem_per_block);
   if (!s.fits) return s;
   s.m_blocks = ceil_div<i64>(rows, c.block_m);
   const i64 groups = p.num_heads / s.group;
@@ -86,20 +70,9 @@ Shape shape_of(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune*
   return s;
 }
 
-// The fewest splits that keep the processors nearly as busy as the best number does.
 i64 splits_of(const Shape& s, const DeviceInfo& device) {
-  const i64 slots = device.sm_count;
-  if (s.blocks * 5 >= slots * 4) return 1;
-  const i64 limit = min(kMaxSplits, s.key_tiles / 2);
-  const auto busy = [&](i64 splits) {
-    const i64 blocks = s.blocks * splits, waves = ceil_div(blocks, slots);
-    return double(blocks) / double(waves * slots);
-  };
-  double best = 0;
-  for (i64 n = 1; n <= limit; ++n) best = max(best, busy(n));
-  for (i64 n = 1; n <= limit; ++n)
-    if (busy(n) >= 0.85 * best) return n;
-  return 1;
+  constexpr i64 kFewestKeys = 256;  // of a part: fewer cost more to merge than they save
+  return choose_splits(s.blocks, s.key_tiles * s.config.block_n / kFewestKeys, device.sm_count);
 }
 
 // Groups of heads whose row blocks are dealt out together: as many as share the L2 cache with their K and V, the same
@@ -146,27 +119,37 @@ const char* refusal_sm90(const AttnParams& p, const DeviceInfo& device) {
   return nullptr;
 }
 
-bool prefers_sm90(const AttnParams& p, const DeviceInfo&) { return p.seqlen_q > kPackTokens; }
+// Measured on an H200 (docs/hopper-forward.md). Where more than kReadRows query rows share their keys, sm80 multiplies
+// for longer than it reads, and sm90 takes down to 0.4 of its time. Below, both read as fast as the memory allows, and
+// what counts is how blocks fill the GPU. One block a processor, none of them split, or split into long parts: sm90 is
+// up to 20 % faster. More blocks, or short parts: the smaller blocks of sm80 leave less of the GPU idle, 2 to 12 %.
+bool prefers_sm90(const AttnParams& p, const DeviceInfo& device) {
+  constexpr i64 kReadRows = 32, kLongKeys = 32768, kFewKeys = 128, kTinyBytes = 16384;
+  if (empty(p)) return false;
+  const Shape s = shape_of(p, device);
+  const i64 rows = p.seqlen_q * s.group, keys = visible_keys(p, p.seqlen_q);
+  const bool one_wave = s.blocks <= device.sm_count;
+  if (rows <= kReadRows) {
+    if (keys <= kFewKeys) return false;  // there is nothing to gain, and tensor maps take time of the host
+    return one_wave && (splits_of(s, device) == 1 || keys >= kLongKeys);
+  }
+  // Row blocks with a tile of keys each cost what starting them costs.
+  return one_wave || rows > kWarpgroupRows || keys * (p.head_dim + p.head_dim_v) * 2 > kTinyBytes;
+}
 
-Plan plan_forward_sm90(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune* tile) {
-  Plan plan;
-  if (empty(p)) return plan;
+void add_forward_sm90(Plan& plan, const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune* tile) {
+  if (empty(p)) return;
   Shape s = shape_of(p, device, tile);
-  const i64 splits = splits_of(s, device), tiles = s.blocks * splits;
-  s.config.split = splits > 1;
-  plan.num_splits = int(splits);
+  reserve_splits(plan, p, splits_of(s, device));
+  s.config.split = plan.num_splits > 1;
+  const i64 tiles = s.blocks * plan.num_splits, grid = min<i64>(tiles, device.sm_count);
   const bool uneven = masked(p) || ragged(p);
-  const i64 grid = min<i64>(tiles, device.sm_count);
   plan.values[kGroup] = s.group;
-  plan.values[kMBlocks] = s.m_blocks;
+  plan.values[kRowBlocks] = s.m_blocks;
   plan.values[kSection] = uneven ? section_of(p, s, device) : 1;
   plan.values[kTiles] = tiles;
   plan.values[kDynamic] = uneven && tiles > grid;
-  if (splits > 1) {
-    const i64 rows = splits * p.num_heads * p.total_q;
-    plan.offsets[kPartialOut] = plan.reserve(rows * p.head_dim_v * i64(sizeof(float)));
-    plan.offsets[kPartialState] = plan.reserve(rows * 2 * i64(sizeof(float)));
-  }
+  plan.values[kForwardAt] = plan.count;
   if (plan.values[kDynamic]) {
     plan.offsets[kCounter] = plan.zero_offset = plan.reserve(i64(sizeof(u32)));
     plan.zero_bytes = i64(sizeof(u32));
@@ -176,41 +159,39 @@ Plan plan_forward_sm90(const AttnParams& p, const DeviceInfo& device, const FwdS
   forward.grid[0] = u32(grid);
   forward.threads = u32(threads(s.config));
   forward.smem = u32(smem_bytes(s.config));
-  if (splits > 1) {
-    const CombineConfig config = {i32(p.dtype), i32(p.head_dim_v)};
-    Launch& combine = plan.add();
-    combine.kernel = kernel_ref(kCombine, config);
-    combine.grid[0] = u32(p.batch * p.num_heads * p.seqlen_q);
-    combine.threads = u32(threads(config));
-    combine.smem = u32(smem_bytes(config));
-  }
+  add_combine(plan, p, device);
+}
+
+Plan plan_forward_sm90(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune* tile) {
+  Plan plan;
+  add_forward_sm90(plan, p, device, tile);
   return plan;
 }
 
 void fill_forward_sm90(const AttnParams& p, const Plan& plan, void* workspace, LaunchParams& params) {
   if (empty(p)) return;
-  char* const base = static_cast<char*>(workspace);
-  const bool split = plan.num_splits > 1;
-  float* const out = split ? reinterpret_cast<float*>(base + plan.offsets[kPartialOut]) : nullptr;
-  float* const state = split ? reinterpret_cast<float*>(base + plan.offsets[kPartialState]) : nullptr;
+  const Partials parts = partials_of(plan, workspace);
+  const int at = int(plan.values[kForwardAt]);
   FwdSm90Config c;
   static_assert(sizeof c == sizeof(i32) * 12);
-  std::memcpy(&c, plan.launches[0].kernel.values, sizeof c);
+  std::memcpy(&c, plan.launches[at].kernel.values, sizeof c);
   const i64 group = plan.values[kGroup], groups = p.num_heads / group, section = plan.values[kSection];
   const KeyRows keys = key_rows(p);
 
-  FwdSm90Launch& forward = params.emplace<FwdSm90Launch>(0);
+  FwdSm90Launch& forward = params.emplace<FwdSm90Launch>(at);
   forward.p = p;
-  forward.partial_out = out;
-  forward.partial_state = state;
-  forward.counter = plan.values[kDynamic] ? reinterpret_cast<u32*>(base + plan.offsets[kCounter]) : nullptr;
-  if (plan.zero_bytes) params.zero = base + plan.zero_offset;
+  forward.partial_out = parts.out;
+  forward.partial_state = parts.state;
+  if (plan.values[kDynamic]) {
+    params.zero = static_cast<char*>(workspace) + plan.offsets[kCounter];
+    forward.counter = static_cast<u32*>(params.zero);
+  }
   forward.page = FastDivisor::of(u32(max<i64>(1, p.page_size)));
   forward.group = FastDivisor::of(u32(group));
   forward.heads_per_k = FastDivisor::of(u32(p.num_heads / p.num_heads_k));
   forward.heads_per_v = FastDivisor::of(u32(p.num_heads / p.num_heads_v));
   forward.splits = plan.num_splits;
-  forward.m_blocks = i32(plan.values[kMBlocks]);
+  forward.m_blocks = i32(plan.values[kRowBlocks]);
   forward.section = i32(section);
   forward.groups = i32(groups);
   forward.tiles = i32(plan.values[kTiles]);
@@ -224,7 +205,7 @@ void fill_forward_sm90(const AttnParams& p, const Plan& plan, void* workspace, L
           {p.k.row_stride, p.k.head_stride, p.k.batch_stride}, {rows, 1});
   add_box(params, forward.v, p, p.v, p.head_dim_v, {keys.rows, p.num_heads_v, keys.batches},
           {p.v.row_stride, p.v.head_stride, p.v.batch_stride}, {rows, 1});
-  if (split) params.emplace<CombineLaunch>(1) = CombineLaunch::of(p, out, state, plan.num_splits);
+  fill_combine(p, plan, workspace, params);
 }
 
 }  // namespace strobe::host

@@ -16,7 +16,8 @@ const char* refusal_sm90(const AttnParams& p, const DeviceInfo& device);
 // Where both engines can serve a call: whether this one is the faster.
 bool prefers_sm90(const AttnParams& p, const DeviceInfo& device);
 
-// `tile`: instead of the table's choice, for tuning and tests.
+// `tile`: instead of the table's choice, for tuning and tests. Adds attention behind what a plan already holds.
+void add_forward_sm90(Plan& plan, const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune* tile = nullptr);
 Plan plan_forward_sm90(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune* tile = nullptr);
 void fill_forward_sm90(const AttnParams& p, const Plan& plan, void* workspace, LaunchParams& params);
 

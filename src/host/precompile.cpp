@@ -153,7 +153,6 @@ AttnParams attn_params(const CallText& c) {
 }  // namespace
 
 Plan plan_of(const std::string& line, const DeviceInfo& device) {
-  using cuda::check_forward_fits;
   const CallText c = parse(line);
   const AttnParams p = attn_params(c);
   if (c.pass == "backward") {
@@ -167,7 +166,6 @@ Plan plan_of(const std::string& line, const DeviceInfo& device) {
     b.deterministic = c.deterministic != 0;
     return plan_backward(b, device);
   }
-  check_forward_fits(p, device);
   if (c.pass == "forward") return cuda::plan(p, device);
   KVCacheParams k;
   k.fwd = p;
@@ -181,7 +179,7 @@ Plan plan_of(const std::string& line, const DeviceInfo& device) {
     k.rotary_dim = static_cast<i64>(c.rotary_dim);
     k.seqlen_ro = p.seqlen_k;
   }
-  return plan_kvcache(k, device);
+  return cuda::plan(k, device);
 }
 
 std::string explain_call(const std::string& call, int arch) {

@@ -126,7 +126,8 @@ void test_choices() {
   holds(field(dense.launches[0], "split") == 0 && field(dense.launches[0], "paged") == 0,
         "and neither split nor paged");
 
-  const std::string decode = "pass=decode head_dim=128 num_heads=32 num_heads_k=8 batch=1 seqlen_k=32768 page_size=16";
+  const std::string decode =
+      "pass=decode backend=sm80 head_dim=128 num_heads=32 num_heads_k=8 batch=1 seqlen_k=32768 page_size=16";
   const Plan split = plan_of(decode, h100);
   const Launch *forward = find(split, "fwd_sm80"), *combine = find(split, "combine");
   holds(forward && combine && split.num_splits > 1, "decoding one long sequence is split");
@@ -149,6 +150,16 @@ void test_choices() {
   holds(main && ordered && field(*main, "deterministic") == 0 && field(*ordered, "deterministic") == 1,
         "deterministic gradients are other instructions");
   holds(fixed.workspace_bytes > backward.workspace_bytes, "and need room for the turns");
+
+  const std::string windowed =
+      "pass=backward head_dim=128 seqlen_k=10000 num_heads=32 num_heads_k=4 batch=1 causal=1 window_left=1000 ";
+  const Plan few = plan_of(windowed + "keep_first=4", h100), many_kept = plan_of(windowed + "keep_first=64", h100);
+  holds(find(few, "bwd_kept") && find(few, "bwd_kept_sum") && !find(few, "bwd_pre"),
+        "few kept tokens ahead of a window have kernels of their own");
+  holds(find(many_kept, "bwd_pre") && !find(many_kept, "bwd_kept"), "many do not");
+  const Launch *whole = find(few, "bwd_sm80"), *sum = find(few, "bwd_sum");
+  holds(whole && sum && whole->grid[0] % 8 == 0 && whole->grid[0] < 79 * 32 / 2 && sum->grid[0] < 79 * 8,
+        "only the last blocks of keys of a window are divided among heads");
 
   const Plan small = plan_of("pass=forward head_dim=128", rtx);
   holds(small.launches[0].smem <= 99 * 1024, "99 KB where there is no more");

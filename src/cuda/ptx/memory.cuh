@@ -1,5 +1,5 @@
-// Memory instructions of the backward pass: pairs from shared memory, and those by which thread blocks add to one
-// result in global memory. Sections are those of the PTX ISA manual.
+// Memory instructions that C++ has no words for: pairs from shared memory, reads without a branch, and those by which
+// thread blocks add to one result in global memory. Sections are those of the PTX ISA manual.
 #pragma once
 
 #include "core/base.h"
@@ -10,6 +10,16 @@ namespace strobe::ptx {
 __device__ __forceinline__ float2 ld_shared_8(u32 shared) {
   float2 x;
   asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(shared) : "memory");
+  return x;
+}
+
+// Zeros where not `there`, which is then not read. "ld", behind a predicate: an `if` would be a branch, and loads that
+// follow it would wait for it.
+__device__ __forceinline__ float4 ld_global_16(const float* from, bool there) {
+  float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n@p ld.global.v4.f32 {%0,%1,%2,%3}, [%4];\n}"
+               : "+f"(x.x), "+f"(x.y), "+f"(x.z), "+f"(x.w)
+               : "l"(from), "r"(int(there)));
   return x;
 }
 
