@@ -37,7 +37,22 @@ constexpr void fields(const FwdSm90Config& c, F f) {
 }
 
 constexpr int consumers(const FwdSm90Config& c) { return c.block_m / 64; }
-constexpr int threads(const FwdSm90Config& c) { return 128 * (consumers(c) + 1); }
+
+// Where a tile comes in many boxes, issuing their copies takes one warp as long as the consumers take to compute it. Of
+// several warps the first only leads (it takes work, brings Q and keeps pace by announcing K's bytes), and the others
+// share the copies; a warp without any would fall behind the barriers. Packed sequences need more registers for that
+// than two consumers of wide heads leave.
+constexpr int producer_warps(const FwdSm90Config& c) {
+  if (c.paged == 0 || (c.packed && consumers(c) > 1 && c.head_dim_v > 128)) return 1;
+  return c.paged < c.block_n ? 1 + min(3, c.block_n / c.paged) : 1;
+}
+
+// Consumers come behind the producer's warpgroup. A single one comes first: no registers are dealt out, so that the
+// producer needs no warpgroup.
+constexpr int first_producer_warp(const FwdSm90Config& c) { return consumers(c) == 1 ? 4 : 0; }
+constexpr int threads(const FwdSm90Config& c) {
+  return 128 * consumers(c) + (consumers(c) == 1 ? 32 * producer_warps(c) : 128);
+}
 
 // Shared memory holds panels of 64 columns, 128 bytes a row: the width of the swizzle.
 constexpr int panels(int dim) { return (dim + 63) / 64; }
@@ -49,14 +64,17 @@ constexpr i64 tile_bytes(const FwdSm90Config& c) { return query_bytes(c) + c.sta
 constexpr i64 bounds_bytes(const FwdSm90Config& c) { return i64(c.block_m) * 16; }
 constexpr int kWorkSlots = 4;
 constexpr i64 kWorkBytes = 144;
-constexpr i64 barrier_bytes(const FwdSm90Config& c) { return (2 + 4 * c.stages) * 8; }
+constexpr i64 barrier_bytes(const FwdSm90Config& c) { return (4 + 4 * c.stages) * 8; }
 constexpr i64 smem_bytes(const FwdSm90Config& c) {
   return tile_bytes(c) + bounds_bytes(c) + kWorkSlots * kWorkBytes + barrier_bytes(c);
 }
 
 // Registers of a thread, which setmaxnreg deals out: the pool is 64 K. A single consumer needs no dealing.
-constexpr int producer_registers(const FwdSm90Config& c) { return consumers(c) == 3 ? 32 : 40; }
-constexpr int consumer_registers(const FwdSm90Config& c) { return consumers(c) == 3 ? 160 : 232; }
+constexpr bool busy_producer(const FwdSm90Config& c) { return c.packed && producer_warps(c) > 1; }
+constexpr int producer_registers(const FwdSm90Config& c) { return consumers(c) == 3 ? 32 : busy_producer(c) ? 56 : 40; }
+constexpr int consumer_registers(const FwdSm90Config& c) {
+  return consumers(c) == 3 ? 160 : busy_producer(c) ? 224 : 232;
+}
 
 constexpr bool valid(const FwdSm90Config& c) {
   return (c.dtype == i32(DType::f16) || c.dtype == i32(DType::bf16)) && c.head_dim % 8 == 0 && c.head_dim_v % 8 == 0 &&

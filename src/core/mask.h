@@ -94,6 +94,17 @@ struct Mask {
     return {{kept, make_run(max(kept_end, window_begin), full_begin, full_end, max(kept_end, tiles_end))}};
   }
 
+  // Those of the tiles [begin, end) that some row of [first, last) sees, in a walk's run over more rows. Only a window
+  // in a run of its own, which kept tokens do not reach, hides tiles before it.
+  STROBE_HD Run narrowed(i64 begin, i64 end, bool window, i64 first, i64 last, i64 block_n) const {
+    last = min(last, seqlen_q) - 1;
+    if (first > last) return make_run(begin, begin, begin, begin);
+    const Keys last_keys = keys(last);
+    end = max(begin, min(end, ceil_div(last_keys.end, block_n)));
+    if (window) begin = max(begin, min(end, min(keys(first).begin, last_keys.begin) / block_n));
+    return make_run(begin, begin, begin, end);
+  }
+
   // The transpose: query tiles of block_m rows that see keys [first, last). Rows beyond seqlen_q do not exist, keys
   // beyond seqlen_k are masked.
   STROBE_HD Walk visit_queries(i64 first, i64 last, i64 block_m) const {

@@ -18,11 +18,13 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
   constexpr DType kType = DType(C.dtype);
   constexpr int kDepth = round_up_16(C.head_dim), kWidth = round_up_16(C.head_dim_v), kKeys = C.block_n;
   constexpr bool kPlain = !C.softcap;
+  constexpr bool kSkips = kWidth <= 192;  // beyond, there is no register left for it
   using Scores = Fragment<16, kKeys>;
   const AttnParams& p = launch.p;
   const int row0 = warpgroup * 64 + warp_id() % 4 * 16;  // of this warp
   const float log2_scale = kPlain ? p.scale * kLog2e : 1.f;
   const u32 q = shared.q(warpgroup);
+  const auto token_of = [&](i32 row) { return C.pack ? i32(launch.group.quotient(u32(row))) : row; };
   Sm90Ring<C.stages> k_ring, v_ring;
 
   const auto turn_wait = [&] {
@@ -52,15 +54,54 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
     Sm90Softmax softmax;
     Fragment<16, kWidth> out;
     Operand<16, kKeys> probabilities;  // of the tile before
-    softmax.rows.clear();
+    softmax.clear();
     out.clear();
     i32 left = work.tiles;
+    bool begun = false;  // whether there is a tile before
 
     const auto score = [&](Scores& s, i32 tile, auto masked) {
       if constexpr (!kPlain) apply_score<true, false>(s, p.scale, p.softcap, [](int) { return RowBias{}; });
       if constexpr (masked.value)
         apply_mask(s, tile * kKeys, [&](int r) { return shared.bounds()[row0 + Scores::row(r)]; });
     };
+    // The first tile: its scores alone.
+    const auto begin = [&](i32 tile, bool stale) {
+      Scores s;
+      k_wait();
+      turn_wait();
+      ptx::wgmma_fence();
+      issue_scores<kType, kDepth>(s, q, shared.k(k_ring.stage));
+      ptx::wgmma_commit();
+      turn_pass();
+      // Each warp finds the bounds of its own rows meanwhile.
+      if (lane_id() < 16) {
+        const i32 row = work.first_row + row0 + lane_id();
+        shared.bounds()[row0 + lane_id()] = row_keys(work.mask, token_of(row));
+      }
+      __syncwarp();
+      ptx::wgmma_wait<0>();
+      ptx::pin(s);
+      k_release();
+      score(s, tile, Int<1>{});
+      const bool moves = softmax.update(s, log2_scale);
+      probabilities = to_operand<kType>(s);
+      if (kSkips && moves) softmax.rescale(out);
+      // What lies behind a sequence's keys is multiplied by 0, which NaN survives.
+      if (stale) {
+        v_wait();
+        const u32 v = shared.v(v_ring.stage) + u32(work.stale) * 128;
+#pragma unroll 1
+        for (int panel = 0; panel < panels(C.head_dim_v); ++panel)
+#pragma unroll 1
+          for (int at = int(threadIdx.x % 128); at < (kKeys - work.stale) * 8; at += 128)
+            ptx::st_shared_16(v + u32(panel * kKeys * 128 + at * 16), make_uint4(0, 0, 0, 0));
+        ptx::fence_proxy_async();
+        ptx::bar_sync(kGroupBarrier + u32(warpgroup), 128);
+      }
+      if (--left > 0) k_wait();
+      begun = true;
+    };
+    // Any other: its scores, and under its exponentials the tile before by V.
     const auto step = [&](i32 tile, auto masked) {
       Scores s;
       turn_wait();
@@ -77,12 +118,12 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       ptx::pin(s);
       k_release();
       score(s, tile, masked);
-      const bool moves = softmax.update<false>(s, log2_scale);
+      const bool moves = softmax.update(s, log2_scale);
       ptx::pin(s);
       // The assembler would move the wait for the output above the exponentials: only control flow holds it back. So
       // the next K is waited for here, although it is needed later, and on a condition that knows the sums of the
       // exponentials. No sum is negative.
-      const bool impossible = softmax.rows.sum[0] + softmax.rows.sum[1] < 0.f;
+      const bool impossible = softmax.sum[0] + softmax.sum[1] < 0.f;
       if ((--left > 0) != impossible) k_wait();
       ptx::wgmma_wait<0>();
       ptx::pin(out);
@@ -91,74 +132,90 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       probabilities = to_operand<kType>(s);
       if (moves) softmax.rescale(out);
     };
-
-    if (left > 0) {
-      const i32 first_tile = (work.end[1] > work.begin[1] ? work.end[1] : work.end[0]) - 1;
-      {
-        Scores s;
-        k_wait();
-        turn_wait();
-        ptx::wgmma_fence();
-        issue_scores<kType, kDepth>(s, q, shared.k(k_ring.stage));
-        ptx::wgmma_commit();
-        turn_pass();
-        // Each warp finds the bounds of its own rows meanwhile.
-        if (lane_id() < 16) {
-          const i32 row = work.first_row + row0 + lane_id();
-          shared.bounds()[row0 + lane_id()] = row_keys(work.mask, C.pack ? i32(launch.group.quotient(u32(row))) : row);
-        }
-        __syncwarp();
-        ptx::wgmma_wait<0>();
-        ptx::pin(s);
-        k_release();
-        score(s, first_tile, Int<1>{});
-        softmax.update<true>(s, log2_scale);
-        probabilities = to_operand<kType>(s);
-      }
-      // What lies behind a sequence's keys is multiplied by 0, which NaN survives.
-      if (work.stale < kKeys) {
-        v_wait();
-        const u32 v = shared.v(v_ring.stage) + u32(work.stale) * 128;
-#pragma unroll 1
-        for (int panel = 0; panel < panels(C.head_dim_v); ++panel)
-#pragma unroll 1
-          for (int at = int(threadIdx.x % 128); at < (kKeys - work.stale) * 8; at += 128)
-            ptx::st_shared_16(v + u32(panel * kKeys * 128 + at * 16), make_uint4(0, 0, 0, 0));
-        ptx::fence_proxy_async();
-        ptx::bar_sync(kGroupBarrier + u32(warpgroup), 128);
-      }
-      if (--left > 0) k_wait();
-#pragma unroll 1
-      for (int r = 1; r >= 0; --r) {
-        const i32 begin = work.begin[r], full_begin = work.full_begin[r], full_end = work.full_end[r];
-        i32 tile = work.end[r];
-        if (tile == first_tile + 1 && tile > begin) --tile;  // done
-#pragma unroll 1
-        while (tile > begin) {
-          const i32 stop = tile > full_end ? full_end : tile > full_begin ? tile : begin;
-#pragma unroll 1
-          while (tile > stop) step(--tile, Int<1>{});
-#pragma unroll 1
-          while (tile > full_begin) step(--tile, Int<0>{});
-        }
-      }
-    }
-    __syncwarp();  // every lane knows of this item
-    if (lane_id() == 0) ptx::mbarrier_arrive(shared.q_free());
-    if (work.tiles > 0) {
-      v_wait();
-      turn_wait();
+    // The tile before by V alone: there is no other one, or not at once.
+    const auto issue_last = [&] {
       ptx::pin(out);
       ptx::pin(probabilities);
       ptx::wgmma_fence();
       issue_output<kType>(out, probabilities, shared.v(v_ring.stage));
       ptx::wgmma_commit();
-      turn_pass();
+    };
+    const auto finish_last = [&] {
       ptx::wgmma_wait<0>();
       ptx::pin(out);
       v_release();
+      begun = false;
+    };
+    // Tiles that none of this warpgroup's rows sees, but others' do: freed, with their turn.
+    const auto skip = [&](i32 count) {
+#pragma unroll 1
+      for (; count > 0; --count, --left) {
+        k_wait();
+        __syncwarp();  // a lane that is late could sleep through a whole phase of the barrier
+        k_release();
+        turn_wait();
+        turn_pass();
+        v_wait();
+        __syncwarp();
+        v_release();
+      }
+    };
+
+    i32 first_tile = -1;
+    if constexpr (!kSkips) {
+      if (left > 0) {
+        first_tile = (work.end[1] > work.begin[1] ? work.end[1] : work.end[0]) - 1;
+        begin(first_tile, work.stale < kKeys);
+      }
     }
-    finish_rows<C>(out, softmax.rows, launch, work, row0);
+#pragma unroll 1
+    for (int r = 1; r >= 0; --r) {
+      // Of the item's tiles, those that this warpgroup's rows see.
+      i32 seen_begin = work.begin[r], tile = work.end[r];
+      if constexpr (kSkips) {
+        const i32 row = work.first_row + warpgroup * 64;
+        const Run seen = work.mask.narrowed(seen_begin, tile, r == 1, token_of(row), token_of(row + 63) + 1, kKeys);
+        seen_begin = i32(seen.begin);
+        skip(tile - i32(seen.end));
+        tile = i32(seen.end);
+      }
+      if (kSkips ? !begun && tile > seen_begin : tile == first_tile + 1 && tile > seen_begin) {
+        --tile;
+        if constexpr (kSkips) begin(tile, work.stale < kKeys && left == work.tiles);
+      }
+      const i32 full_begin = max(work.full_begin[r], seen_begin), full_end = max(work.full_end[r], seen_begin);
+#pragma unroll 1
+      while (tile > seen_begin) {
+        const i32 stop = tile > full_end ? full_end : tile > full_begin ? tile : seen_begin;
+#pragma unroll 1
+        while (tile > stop) step(--tile, Int<1>{});
+#pragma unroll 1
+        while (tile > full_begin) step(--tile, Int<0>{});
+      }
+      if (kSkips && seen_begin > work.begin[r]) {
+        if (begun) {
+          v_wait();
+          issue_last();
+          finish_last();
+        }
+        skip(seen_begin - work.begin[r]);
+      }
+    }
+    __syncwarp();  // every lane knows of this item
+    if (lane_id() == 0) ptx::mbarrier_arrive(shared.q_free());
+    if (work.tiles > 0) {
+      if (!kSkips || begun) {
+        v_wait();
+        turn_wait();
+        issue_last();
+        turn_pass();
+        finish_last();
+      } else {
+        turn_wait();
+        turn_pass();
+      }
+    }
+    finish_rows<C>(out, softmax, launch, work, row0);
   }
 }
 
@@ -172,6 +229,8 @@ __global__ __launch_bounds__(threads(C), 1) void fwd_sm90(const __grid_constant_
     constexpr u32 kWarps = 4 * consumers(C);
     ptx::mbarrier_init_cta(shared.q_full(), 1);
     ptx::mbarrier_init_cta(shared.q_free(), kWarps);
+    ptx::mbarrier_init_cta(shared.work_full(), 1);
+    ptx::mbarrier_init_cta(shared.work_free(), max(1, producer_warps(C) - 1));
     for (u32 stage = 0; stage < C.stages; ++stage) {
       ptx::mbarrier_init_cta(shared.k_full(stage), 1);
       ptx::mbarrier_init_cta(shared.k_free(stage), kWarps);
@@ -181,12 +240,17 @@ __global__ __launch_bounds__(threads(C), 1) void fwd_sm90(const __grid_constant_
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  if (warpgroup == 0) {
+  constexpr int kProducer = first_producer_warp(C) / 4;  // its warpgroup
+  if (warpgroup == kProducer) {
     if constexpr (consumers(C) > 1) ptx::setmaxnreg_dec<producer_registers(C)>();
-    if (threadIdx.x < 32) produce<C>(launch, shared);
+    const int warp = __shfl_sync(0xffffffffu, warp_id(), 0) - first_producer_warp(C);
+    if (warp == 0)
+      produce<C, true>(launch, shared);
+    else if (warp < producer_warps(C))
+      produce<C, false>(launch, shared);
   } else {
     if constexpr (consumers(C) > 1) ptx::setmaxnreg_inc<consumer_registers(C)>();
-    consume<C>(launch, shared, warpgroup - 1);
+    consume<C>(launch, shared, warpgroup - (consumers(C) == 1 ? 0 : 1));
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include "core/softmax.h"
 #include "cuda/fwd_sm90_work.cuh"
+#include "cuda/tile/softmax_sm90.cuh"
 
 namespace strobe {
 
@@ -24,22 +25,22 @@ __device__ __forceinline__ void transpose_quad(u32 (&x)[4]) {
 
 // row0: of the warp, in the tile.
 template <FwdSm90Config C, int kD>
-__device__ __forceinline__ void finish_rows(Fragment<16, kD>& out, RunningSoftmax<2>& rows, const FwdSm90Launch& launch,
+__device__ __forceinline__ void finish_rows(Fragment<16, kD>& out, Sm90Softmax& softmax, const FwdSm90Launch& launch,
                                             const Sm90Work& work, int row0) {
   using Output = Fragment<16, kD>;
   constexpr DType kType = DType(C.dtype);
   const AttnParams& p = launch.p;
-  const float to_natural = C.softcap ? kLn2 : p.scale;
   const i32 group = C.pack ? i32(launch.group.divisor) : 1;
   const i32 first_token = C.pack ? i32(launch.group.quotient(u32(work.first_row))) : work.first_row;
   const i32 used_q = i32(work.mask.seqlen_q);
 #pragma unroll
-  for (int r = 0; r < 2; ++r) rows.sum[r] = row_sum(rows.sum[r]);
+  for (int r = 0; r < 2; ++r) softmax.sum[r] = row_sum(softmax.sum[r]);
 
   // The four lanes that share rows finish one row each.
   const int mine = lane_id() % 2;
-  RowState state = {mine ? rows.max[1] : rows.max[0], mine ? rows.sum[1] : rows.sum[0]};
-  state.max = shift_of(state.max) * to_natural + (state.max - shift_of(state.max));
+  RowState state = {(mine ? softmax.reference[1] : softmax.reference[0]) * kLn2,
+                    mine ? softmax.sum[1] : softmax.sum[0]};
+  if (state.sum == 0.f) state.max = kNegInfinity;
   const i32 row = work.first_row + row0 + Output::row(mine);
   const i32 token = C.pack ? i32(launch.group.quotient(u32(row))) : row, head = row - token * group;
   const bool writes = lane_id() % 4 == mine;

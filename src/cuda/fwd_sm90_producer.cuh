@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/fwd_sm90_work.cuh"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/tma.cuh"
 
 namespace strobe {
@@ -26,7 +27,9 @@ struct Sm90Shared {
   }
   __device__ __forceinline__ u32 q_full() const { return at + kBarriers; }
   __device__ __forceinline__ u32 q_free() const { return at + kBarriers + 8; }
-  __device__ __forceinline__ u32 k_full(u32 stage) const { return at + kBarriers + 16 + stage * 32; }
+  __device__ __forceinline__ u32 work_full() const { return at + kBarriers + 16; }
+  __device__ __forceinline__ u32 work_free() const { return at + kBarriers + 24; }
+  __device__ __forceinline__ u32 k_full(u32 stage) const { return at + kBarriers + 32 + stage * 32; }
   __device__ __forceinline__ u32 k_free(u32 stage) const { return k_full(stage) + 8; }
   __device__ __forceinline__ u32 v_full(u32 stage) const { return k_full(stage) + 16; }
   __device__ __forceinline__ u32 v_free(u32 stage) const { return k_full(stage) + 24; }
@@ -50,6 +53,11 @@ struct Sm90Queue {
     if (next == begin) next = kept_end, begin = kept_begin;
     return --next;
   }
+};
+
+// Where a lane's box of a tile of keys begins: in a batch entry, or in a page.
+struct Sm90Place {
+  i32 row, batch;
 };
 
 // Tiles before an item's end at which the next item is taken.
@@ -111,64 +119,87 @@ __device__ __forceinline__ void prepare(const FwdSm90Launch& launch, Sm90Schedul
   __syncwarp();
 }
 
-template <FwdSm90Config C>
+template <FwdSm90Config C, bool kLeads>
 __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90Shared<C>& shared) {
+  constexpr int kWarps = producer_warps(C), kBoxes = C.paged ? C.block_n / C.paged : 1;  // of a panel
+  constexpr bool kCopies = kWarps == 1 || !kLeads;
   const AttnParams& p = launch.p;
-  const int lane = lane_id();
-  if (lane == 0) {
+  const int lane = lane_id(), warp = warp_id() - first_producer_warp(C);
+  const int box = kWarps == 1 ? lane : lane * (kWarps - 1) + warp - 1;  // this lane's
+  if constexpr (kLeads && C.split != 0) ptx::start_dependents();
+  if (kLeads && lane == 0) {
     ptx::prefetch_tensormap(launch.q);
     ptx::prefetch_tensormap(launch.k);
     ptx::prefetch_tensormap(launch.v);
   }
   Sm90Scheduler<C> scheduler;
-  scheduler.start(launch);
+  if constexpr (kLeads) scheduler.start(launch);
   Sm90Ring<C.stages> k_ring, v_ring;
   k_ring.parity = v_ring.parity = 1;  // every stage is free
-  prepare(launch, scheduler, shared.work(0));
+  // Lanes wait together and go on together: one that is late could sleep through a whole phase of a barrier.
+  const auto wait = [](u32 barrier, u32 parity) {
+    ptx::mbarrier_try_wait(barrier, parity);
+    __syncwarp();
+  };
+  // The leader tells the other warps of an item once all of them know of the one before.
+  const auto publish = [&](u32 item) {
+    prepare(launch, scheduler, shared.work(item));
+    if constexpr (kWarps > 1) {
+      wait(shared.work_free(), (item & 1) ^ 1);
+      if (lane == 0) ptx::mbarrier_arrive(shared.work_full());
+    }
+  };
+  if constexpr (kLeads) publish(0);
 #pragma unroll 1
   for (u32 item = 0;; ++item) {
     const Sm90Work& work = shared.work(item);
-    // Lanes wait together and go on together: one that is late could sleep through a whole phase of a barrier.
-    const auto wait = [](u32 barrier, u32 parity) {
-      ptx::mbarrier_try_wait(barrier, parity);
-      __syncwarp();
-    };
+    if constexpr (!kLeads) {
+      wait(shared.work_full(), item & 1);
+      if (lane == 0) ptx::mbarrier_arrive(shared.work_free());
+    }
     if (work.first_row < 0) {
+      if constexpr (!kLeads) break;
       wait(shared.q_free(), (item & 1) ^ 1);
       if (lane == 0) ptx::mbarrier_arrive(shared.q_full());
       break;
     }
-    const auto load = [&](const TensorMap& map, u32 to, u32 full, i32 key_tile, i32 head, auto dim) {
+    // Looked up before a stage is waited for: a read of the page table takes long.
+    const auto place_of = [&](i32 key_tile) -> Sm90Place {
+      if constexpr (C.paged == 0) {
+        return {work.k_row + key_tile * C.block_n, work.k_batch};
+      } else {
+        if (!kCopies || box >= kBoxes) return {};
+        const i32* const pages = p.page_table + work.batch * p.page_table_stride;
+        const u32 row = u32(key_tile * C.block_n + box * C.paged), column = launch.page.quotient(row);
+        const i32 page = pages[min(i64(column), p.max_pages - 1)];
+        return {i32(row - column * launch.page.divisor), max(0, min(page, i32(p.num_pages) - 1))};
+      }
+    };
+    const auto load = [&](const TensorMap& map, u32 to, u32 full, Sm90Place from, i32 head, auto dim, bool announces) {
       constexpr int kPanels = panels(dim.value);
-      if (lane == 0) ptx::mbarrier_expect_tx(full, u32(C.block_n * kPanels * 128));
-      if constexpr (C.paged != 0) {
-        __syncwarp();
-        if (lane < C.block_n / C.paged) {
-          const i32* const pages = p.page_table + work.batch * p.page_table_stride;
-          const u32 row = u32(key_tile * C.block_n + lane * C.paged), column = launch.page.quotient(row);
-          const i32 page = pages[min(i64(column), p.max_pages - 1)];
-          const i32 at = max(0, min(page, i32(p.num_pages) - 1)), in_page = i32(row - column * launch.page.divisor);
-#pragma unroll
-          for (int c = 0; c < kPanels; ++c)
-            ptx::tma_load(to + u32((c * C.block_n + lane * C.paged) * 128), map, full, c * 64, in_page, head, at);
-        }
-      } else if (lane == 0) {
+      if (announces && lane == 0) ptx::mbarrier_expect_tx(full, u32(C.block_n * kPanels * 128));
+      if constexpr (kBoxes > 1) __syncwarp();
+      if constexpr (kCopies) {
+        if (box >= kBoxes) return;
 #pragma unroll
         for (int c = 0; c < kPanels; ++c)
-          ptx::tma_load(to + u32(c * C.block_n * 128), map, full, c * 64, work.k_row + key_tile * C.block_n, head,
-                        work.k_batch);
+          ptx::tma_load(to + u32((c * C.block_n + box * C.paged) * 128), map, full, c * 64, from.row, head, from.batch);
       }
     };
     const auto load_k = [&](i32 key_tile) {
       const u32 stage = k_ring.stage;
+      const Sm90Place from = place_of(key_tile);
       wait(shared.k_free(stage), k_ring.parity);
-      load(launch.k, shared.k(stage), shared.k_full(stage), key_tile, work.head_k, Int<C.head_dim>{});
+      load(launch.k, shared.k(stage), shared.k_full(stage), from, work.head_k, Int<C.head_dim>{}, kLeads);
       k_ring.advance();
     };
     const auto load_v = [&](i32 key_tile) {
+      if constexpr (!kCopies) return;
       const u32 stage = v_ring.stage;
+      const Sm90Place from = place_of(key_tile);
       wait(shared.v_free(stage), v_ring.parity);
-      load(launch.v, shared.v(stage), shared.v_full(stage), key_tile, work.head_v, Int<C.head_dim_v>{});
+      load(launch.v, shared.v(stage), shared.v_full(stage), from, work.head_v, Int<C.head_dim_v>{},
+           kWarps == 1 || warp == 1);
       v_ring.advance();
     };
 
@@ -176,8 +207,8 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
     Sm90Queue queue(work);
     i32 last = 0;
     if (tiles > 0) load_k(last = queue.take());  // before Q: its stage is free a step earlier
-    wait(shared.q_free(), (item & 1) ^ 1);
-    if (lane == 0) {
+    if constexpr (kLeads) wait(shared.q_free(), (item & 1) ^ 1);
+    if (kLeads && lane == 0) {
       ptx::mbarrier_expect_tx(shared.q_full(), u32(query_bytes(C)));
       const i32 tokens = C.pack ? i32(launch.group.quotient(64)) : 64;  // of a warpgroup
 #pragma unroll
@@ -193,9 +224,9 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
     const i32 early = max(1, tiles - kTilesAhead);
 #pragma unroll 1
     for (i32 n = 1;; ++n) {
-      if (n == early) {
+      if (kLeads && n == early) {
         scheduler.fetch(launch);
-        prepare(launch, scheduler, shared.work(item + 1));
+        publish(item + 1);
       }
       if (n >= tiles) break;
       const i32 next = queue.take();

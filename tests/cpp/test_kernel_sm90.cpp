@@ -76,10 +76,11 @@ Problem make(const FwdSm90Config& c) {
       problem.cu_q.push_back(problem.cu_q[size_t(b)] + (b ? below(int(p.seqlen_q) + 1) : i32(p.seqlen_q)));
       problem.cu_k.push_back(problem.cu_k[size_t(b)] + (b ? below(int(p.seqlen_k) + 1) : i32(p.seqlen_k)));
     }
-    p.cu_seqlens_q = problem.cu_q.data(), p.cu_seqlens_k = problem.cu_k.data();
+    p.cu_seqlens_q = problem.cu_q.data();
     rows_q = problem.cu_q.back();
-    p.total_k = problem.cu_k.back();
-  } else if (c.paged) {
+    if (!c.paged) p.cu_seqlens_k = problem.cu_k.data(), p.total_k = problem.cu_k.back();
+  }
+  if (c.paged) {
     p.page_size = c.paged * pick({1, 3});
     p.max_pages = p.page_table_stride = ceil_div(p.seqlen_k, p.page_size);
     p.seqlen_k = p.max_pages * p.page_size;
@@ -95,17 +96,18 @@ Problem make(const FwdSm90Config& c) {
     problem.full_from.push_back(below(int(p.seqlen_q) + 2));
   }
   if (uses) p.seqused_k = problem.used_k.data();
+  if (uses && (c.paged || !c.packed) && below(3) == 0) p.seqlen_new = 1 + below(20);  // appended before the kernel
   if (below(4) == 0) p.seqused_q = problem.used_q.data();
   if (!c.paged && !c.packed && below(4) == 0) p.leftpad_k = problem.leftpad.data();
   if (below(4) == 0) p.full_from = problem.full_from.data();
   if (c.paged) p.page_table = problem.table.data();
 
   const i64 q_batches = c.packed ? 1 : p.batch, q_length = c.packed ? rows_q : p.seqlen_q;
-  const i64 k_batches = c.packed ? 1 : c.paged ? pages : p.batch;
-  const i64 k_length = c.packed ? p.total_k : c.paged ? p.page_size : p.seqlen_k;
+  const i64 k_batches = c.paged ? pages : c.packed ? 1 : p.batch;
+  const i64 k_length = c.paged ? p.page_size : c.packed ? p.total_k : p.seqlen_k;
   problem.tensors.emplace_back(q_batches, q_length, p.num_heads, c.head_dim, c.packed);
-  problem.tensors.emplace_back(k_batches, k_length, p.num_heads_k, c.head_dim, c.packed);
-  problem.tensors.emplace_back(k_batches, k_length, p.num_heads_v, c.head_dim_v, c.packed);
+  problem.tensors.emplace_back(k_batches, k_length, p.num_heads_k, c.head_dim, c.packed && !c.paged);
+  problem.tensors.emplace_back(k_batches, k_length, p.num_heads_v, c.head_dim_v, c.packed && !c.paged);
   problem.tensors.emplace_back(q_batches, q_length, p.num_heads, c.head_dim_v, c.packed);
   p.q = problem.tensors[0].rows, p.k = problem.tensors[1].rows;
   p.v = problem.tensors[2].rows, p.out = problem.tensors[3].rows;
@@ -279,6 +281,10 @@ int main(int count, char** arguments) {
   run<FwdSm90Config{3, 64, 136, 64, 32, 2, 0, 0, 0, 1, 1}>(problems, 6);
   run<FwdSm90Config{3, 64, 64, 64, 64, 2, 0, 0, 16, 1, 1}>(problems, 7);
   run<FwdSm90Config{3, 80, 64, 128, 48, 2, 0, 0, 8}>(problems, 8);
+  run<FwdSm90Config{3, 64, 64, 128, 32, 2, 1, 0, 16}>(problems, 9);
+  run<FwdSm90Config{3, 64, 64, 128, 48, 2, 1, 1, 8}>(problems, 10);
+  run<FwdSm90Config{3, 64, 64, 64, 32, 2, 0, 1, 8, 0, 1}>(problems, 11);
+  run<FwdSm90Config{3, 64, 200, 128, 32, 2, 1}>(problems, 10);
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;
 }

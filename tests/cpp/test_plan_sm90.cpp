@@ -7,8 +7,10 @@
 #include "host/cuda_engine.h"
 #include "host/device.h"
 #include "host/jit.h"
+#include "host/plan_append.h"
 #include "host/plan_forward.h"
 #include "host/plan_sm90.h"
+#include "host/plan_split.h"
 #include "host/problem.h"
 #include "host/tune_sm90.h"
 
@@ -187,6 +189,17 @@ void test_choice() {
   expect(engine_of(p, 80) == &kFwdSm80 && engine_of(p, 100) == &kFwdSm80, "and elsewhere on sm80", "auto");
   p.engine = Engine::sm80;
   expect(engine_of(p, 90) == &kFwdSm80, "unless sm80 is asked for", "sm80");
+  // Few rows are read at the memory's rate: what counts is how blocks fill the 132 processors.
+  const auto runs_on = [&](const AttnParams& q, const KernelTemplate& kernel, const char* what) {
+    expect(engine_of(q, 90) == &kernel, what, "auto");
+  };
+  runs_on(dense(16, 1, 8192, 32, 8, 128, 128), kFwdSm90, "one query, a block for each processor");
+  runs_on(dense(64, 1, 8192, 32, 8, 128, 128), kFwdSm80, "one query, more blocks than processors");
+  runs_on(dense(1, 1, 2048, 32, 8, 128, 128), kFwdSm80, "one query, short keys that are split");
+  runs_on(dense(1, 1, 131072, 64, 8, 128, 128), kFwdSm90, "one query, long keys that are split");
+  runs_on(dense(1, 1, 1, 1, 1, 64, 64), kFwdSm80, "one pair");
+  runs_on(dense(64, 16, 8192, 32, 8, 128, 128), kFwdSm90, "64 rows share their keys");
+  runs_on(dense(256, 64, 64, 16, 16, 64, 64), kFwdSm80, "many blocks with one tile of keys each");
   p.engine = Engine::any, p.dropout_p = 0.1f;
   expect(engine_of(p, 90) == &kFwdSm80, "dropout stays with sm80", "auto");
   p.dropout_p = 0.f, p.k.row_stride += 8, p.k.head_stride = 4;
@@ -194,9 +207,54 @@ void test_choice() {
   expect(refusal != nullptr, "odd strides are refused", "strides");
 }
 
+// Appending keys and turning q come first, on every engine.
+void test_append() {
+  strobe::KVCacheParams c;
+  c.fwd = dense(8, 512, 8192, 32, 8, 128, 128);
+  c.fwd.causal = true, c.fwd.seqused_k = reinterpret_cast<const i32*>(memory), c.fwd.seqlen_new = 512;
+  c.fwd.q.row_stride += 4;  // q is read from the workspace, where it lies densely
+  c.k_new = c.v_new = c.fwd.k;
+  c.rotary_cos = c.rotary_sin = memory;
+  c.rotary_dim = 128, c.seqlen_ro = 8192;
+  const DeviceInfo device = typical_device(90);
+  const Plan plan = strobe::cuda::plan(c, device);
+  expect(plan.count == 2 && plan.launches[0].kernel.source == &kAppendKV && plan.launches[1].kernel.source == &kFwdSm90,
+         "appending, then attention on sm90", "append");
+  alignas(256) static char workspace[256];
+  LaunchParams blocks;
+  fill_append(c, plan, workspace, blocks);
+  const AttnParams p = attention_of(c, plan, workspace);
+  fill_forward_sm90(p, plan, workspace, blocks);
+  const auto* append = reinterpret_cast<const strobe::AppendLaunch*>(blocks.blocks[0]);
+  const auto* forward = reinterpret_cast<const FwdSm90Launch*>(blocks.blocks[1]);
+  const char* const q = static_cast<const char*>(append->q);
+  expect(q >= workspace && q + 8 * 512 * 32 * 128 * 2 <= workspace + plan.workspace_bytes, "room for q", "append");
+  expect(forward->p.q.data == q && blocks.boxes[0].data == q && forward->p.q.row_stride == 32 * 128,
+         "attention reads the q that was turned", "append");
+}
+
+// Short queries against long keys: parts of the keys, and the launch that merges them.
+void test_splits() {
+  const DeviceInfo device = typical_device(90);
+  for (i64 tokens : {1, 8}) {
+    const AttnParams p = dense(1, tokens, 131072, 64, 8, 128, 128);
+    const Plan plan = plan_forward_sm90(p, device);
+    const std::string call = std::to_string(tokens) + " tokens";
+    expect(plan.num_splits * 8 > device.sm_count * 8 / 10 && plan.num_splits * 8 <= device.sm_count, "one wave", call);
+    expect(plan.count == 2 && plan.launches[1].kernel.source == &kCombine && plan.launches[1].overlaps &&
+               !plan.launches[0].overlaps,
+           "parts are merged by a kernel that is started early", call);
+  }
+  expect(plan_forward_sm90(dense(1, 1, 512, 32, 8, 128, 128), device).num_splits <= 2, "no short parts", "512 keys");
+  const Plan older = plan_forward(dense(1, 1, 131072, 64, 8, 128, 128), typical_device(80));
+  expect(older.count == 2 && !older.launches[1].overlaps, "sm_80 cannot start it early", "sm_80");
+}
+
 }  // namespace
 
 int main() {
+  test_append();
+  test_splits();
   test_every_shape();
   test_tiles();
   test_refusals();

@@ -128,7 +128,9 @@ def gradient_scales(problem, q, k, v, sinks, dout, dlse):
     """The largest size of dq, dk, dv, dsinks had no two of their terms cancelled: what rounding errors are relative to.
 
     dS = P * (dP - delta + dlse) may vanish (a row with one key) while each of its terms was rounded at its own size.
+    P is exp(score - lse), whose relative error is the absolute one of a score: an ulp of the score's own terms.
     """
+    ulps = FLOOR_ULPS[q.dtype] if q.dtype == torch.float32 else torch.inf  # half types lose more elsewhere
     q, k, v, dout = (x.detach().double().flatten(0, -3) for x in (q, k, v, dout))
     sinks = None if sinks is None else sinks.detach().double()
     scales = [0.0] * 4
@@ -139,16 +141,18 @@ def gradient_scales(problem, q, k, v, sinks, dout, dlse):
         heads = q.shape[1]
         gain = 1 / (1 - problem.dropout_p)
         wide_k = k[rows_k].repeat_interleave(heads // k.shape[1], 1).abs()
+        score = torch.einsum("ihd,jhd->hij", q[rows_q].abs(), wide_k) * abs(problem.scale)
+        probs = result.probs * (score / ulps).clamp(min=1)
         wide_v = v[rows_k].repeat_interleave(heads // v.shape[1], 1)
         d_probs = torch.einsum("ihd,jhd->hij", dout[rows_q], wide_v).abs() * gain
         delta = torch.einsum("ihd,ihd->hi", dout[rows_q].abs(), result.out.abs())
         if dlse is not None:
             delta = delta + dlse.double().reshape(heads, -1)[:, rows_q].abs()
-        d_score = result.probs * (d_probs + delta[..., None]) * problem.scale
+        d_score = probs * (d_probs + delta[..., None]) * problem.scale
         terms = (
             torch.einsum("hij,jhd->ihd", d_score, wide_k),
             torch.einsum("hij,ihd->jhd", d_score, q[rows_q].abs()) * (heads // k.shape[1]),
-            torch.einsum("hij,ihd->jhd", result.probs, dout[rows_q].abs()) * (gain * heads / v.shape[1]),
+            torch.einsum("hij,ihd->jhd", probs, dout[rows_q].abs()) * (gain * heads / v.shape[1]),
             delta.sum(1),
         )
         scales = [max(s, t.max().item() if t.numel() else 0.0) for s, t in zip(scales, terms, strict=True)]

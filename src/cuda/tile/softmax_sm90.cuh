@@ -1,5 +1,6 @@
-// The running softmax of apply.cuh in the order that Hopper's loop wants: the sum runs on through the exponentials,
-// which the assembler can then only place before what follows them, and the output is left to be rescaled later.
+// The running softmax of Hopper's loop: as apply.cuh's, but nothing is said between lanes while no reference moves, the
+// sum runs on through the exponentials, which the assembler can then only place before what follows them, and the
+// output is left to be rescaled later.
 #pragma once
 
 #include "cuda/apply.cuh"
@@ -7,48 +8,51 @@
 namespace strobe {
 
 struct Sm90Softmax {
-  RunningSoftmax<2> rows;
-  float factor[2];  // what the output so far is to be multiplied by, where update() says so
+  float reference[2];  // of each row, as an exponent of 2; the four lanes that share a row agree
+  float sum[2];        // this lane's share of the row
+  float factor[2];     // what the output so far is to be multiplied by, where update() says so
 
-  // s becomes 2^(log2_scale * s - reference). True, for the whole warp, if a reference has moved. kFirst: there is no
-  // earlier tile.
-  template <bool kFirst, int kN>
+  static constexpr float kNone = -3.4e38f;  // finite: -inf less the reference of a row without keys is no NaN
+
+  __device__ __forceinline__ void clear() {
+    reference[0] = reference[1] = kNone;
+    sum[0] = sum[1] = 0.f;
+  }
+
+  // s becomes 2^(log2_scale * s - reference). True, for the whole warp, if a reference has moved. Each lane looks at
+  // its own maximum only: lanes that share a row ask each other for theirs when one of the warp is too large.
+  template <int kN>
   __device__ __forceinline__ bool update(Fragment<16, kN>& s, float log2_scale) {
     constexpr int kCols = Fragment<16, kN>::kCols;
-    float now[2];
+    float now[2], above[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float a = kFirst ? s.at(r, 0) : fmaxf(rows.max[r], s.at(r, 0)),
-            b = s.at(r, 1);  // two chains are shorter than one
+      float a = s.at(r, 0), b = s.at(r, 1);  // two chains are shorter than one
 #pragma unroll
       for (int c = 2; c < kCols; c += 2) {
         a = fmaxf(a, s.at(r, c));
         b = fmaxf(b, s.at(r, c + 1));
       }
-      now[r] = row_max(fmaxf(a, b));
+      now[r] = fmaxf(a, b);
+      above[r] = __fmaf_rn(now[r], log2_scale, -reference[r]);
     }
-    bool moves = true;
-    if constexpr (!kFirst) {
-      // False for -inf - -inf.
-      const float grown = fmaxf(now[0] - rows.max[0], now[1] - rows.max[1]);
-      moves = __any_sync(0xffffffffu, grown * log2_scale > RunningSoftmax<2>::kLag);
-      if (!moves) now[0] = rows.max[0], now[1] = rows.max[1];
+    const bool moves = __any_sync(0xffffffffu, fmaxf(above[0], above[1]) > RunningSoftmax<2>::kLag);
+    if (moves) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float next = row_max(fmaxf(reference[r], now[r] * log2_scale));
+        factor[r] = ptx::ex2(reference[r] - next);
+        sum[r] *= factor[r];
+        reference[r] = next;
+      }
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float shift = shift_of(now[r]) * log2_scale;
-      float sum = 0.f;
-      if constexpr (!kFirst) {
-        factor[r] = ptx::ex2(__fmaf_rn(rows.max[r], log2_scale, -shift));
-        sum = rows.sum[r] * factor[r];
-      }
-      rows.max[r] = now[r];
 #pragma unroll
       for (int c = 0; c < kCols; ++c) {
-        s.at(r, c) = ptx::ex2(__fmaf_rn(s.at(r, c), log2_scale, -shift));
-        sum += s.at(r, c);
+        s.at(r, c) = ptx::ex2(__fmaf_rn(s.at(r, c), log2_scale, -reference[r]));
+        sum[r] += s.at(r, c);
       }
-      rows.sum[r] = sum;
     }
     return moves;
   }
