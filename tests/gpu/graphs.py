@@ -83,6 +83,55 @@ def replay_on_new_values(strobe, name):
         same_bits(*results)
 
 
+def _decode_step(strobe, x, lengths, caches, table):
+    """Three layers of a model that needs no matrix product: their outputs go on to the next, new keys into caches."""
+    for keys, values in caches:
+        q, k, v = x.view(4, 1, 4, 16), x[:, :32].cos().view(4, 1, 2, 16), x[:, 32:].sin().view(4, 1, 2, 16)
+        x = strobe.flash_attn_with_kvcache(
+            q * 3, keys, values, k, v, cache_seqlens=lengths, block_table=table, causal=True
+        ).flatten(1)
+    lengths[:3] += 1
+    return x.flip(1) + 2 * lengths[:, None].cos().to(x.dtype)  # never settles
+
+
+@scenario()
+def many_decode_steps_in_flight(strobe):
+    """As an engine decodes: the graph of a step is replayed without waiting for the one before, beside other work.
+
+    The last row is padding: it has a length of -1, and pages that there are not.
+    """
+    steps = 40
+    table = torch.full((4, 32), -1, dtype=torch.int32, device="cuda")
+    table[:3, :7] = torch.randperm(40)[:21].int().view(3, 7).cuda()  # 61 + 40 keys are 7 pages
+    caches = [(randn(40, 16, 2, 16), randn(40, 16, 2, 16)) for _ in range(3)]
+    x, lengths = randn(4, 64), ints(5, 13, 61, -1)
+
+    def copies():
+        return x.clone(), lengths.clone(), [(k.clone(), v.clone()) for k, v in caches]
+
+    token, before, used = copies()
+    expected = []
+    for _ in range(steps):
+        token = _decode_step(strobe, token, before, used, table)
+        expected.append(token)
+    token, before, used = copies()
+    made, place = torch.full((steps, 4, 64), float("nan"), device="cuda", dtype=x.dtype), ints(0).long()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        token.copy_(_decode_step(strobe, token, before, used, table))
+        made.index_copy_(0, place, token[None])
+        place += 1
+    busy, side = randn(4096, 4096), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(20):
+            busy @ busy
+    for _ in range(steps):
+        graph.replay()
+    torch.cuda.synchronize()
+    same_bits(made[:, :3], torch.stack(expected)[:, :3])
+
+
 @scenario([dict(name=name) for name in ("forward", "gradients", "cache")])
 def cold_capture_asks_to_warm_up(strobe, name):
     """Head dims that no other test uses: their kernels are not loaded."""
