@@ -191,7 +191,7 @@ constexpr void fields(const BwdSumConfig& c, F f) {
 STROBE_HD constexpr int threads(const BwdSumConfig&) { return 256; }
 // Thread blocks for a block of keys.
 STROBE_HD constexpr i64 bwd_sum_blocks(i64 block_n, i64 dim, i64 threads) {
-  return (block_n * (dim / 8) + threads - 1) / threads;
+  return ceil_div(block_n * (dim / 8), threads);
 }
 STROBE_HD constexpr i64 smem_bytes(const BwdSumConfig&) { return 0; }
 STROBE_HD constexpr bool valid(const BwdSumConfig&) { return true; }

@@ -88,8 +88,7 @@ struct Plan {
   Launch launches[kMaxLaunches];
   int count = 0;
   i64 workspace_bytes = 0;
-  // Bytes of the workspace that are 0 before the first launch.
-  i64 zero_offset = 0, zero_bytes = 0;
+  i64 zero_bytes = 0;  // of the workspace, which are 0 before the first launch (LaunchParams::zero)
   // What the parameter builders need again. Offsets count bytes from the workspace's start.
   int num_splits = 1;
   const char* why = nullptr;  // this engine was chosen, for explain(); words that follow "because"

@@ -1,9 +1,9 @@
 #include "host/plan_backward.h"
 
 #include <cmath>
-#include <numeric>
 #include <string>
 
+#include "host/plan_split.h"
 #include "host/problem.h"
 
 namespace strobe::host {
@@ -51,7 +51,7 @@ Heads share_heads(const AttnParams& p, const BwdConfig& config, int sm_count) {
   constexpr double kStart = 1.7;   // of a block: its keys' way in, its gradients' way out
   constexpr double kSumRow = 0.9;  // to write and read a partial row of dK and dV, times pairs of a tile
   constexpr i64 kSamples = 32;
-  const i64 share = std::gcd(p.num_heads / p.num_heads_k, p.num_heads / p.num_heads_v);
+  const i64 share = heads_in_common(p);
   if (share == 1) return {1, 0, 1};
   const i64 blocks = longest_tiles(p.seqlen_k, config.block_n);
   const double slots = double(sm_count) * config.blocks, sequences = double(p.batch);

@@ -131,7 +131,7 @@ bool prefers_sm90(const AttnParams& p, const DeviceInfo& device) {
   const bool one_wave = s.blocks <= device.sm_count;
   if (rows <= kReadRows) {
     if (keys <= kFewKeys) return false;  // there is nothing to gain, and tensor maps take time of the host
-    return one_wave && (splits_of(s, device) == 1 || keys >= kLongKeys);
+    return one_wave && (keys >= kLongKeys || splits_of(s, device) == 1);
   }
   // Row blocks with a tile of keys each cost what starting them costs.
   return one_wave || rows > kWarpgroupRows || keys * (p.head_dim + p.head_dim_v) * 2 > kTinyBytes;
@@ -151,7 +151,7 @@ void add_forward_sm90(Plan& plan, const AttnParams& p, const DeviceInfo& device,
   plan.values[kDynamic] = uneven && tiles > grid;
   plan.values[kForwardAt] = plan.count;
   if (plan.values[kDynamic]) {
-    plan.offsets[kCounter] = plan.zero_offset = plan.reserve(i64(sizeof(u32)));
+    plan.offsets[kCounter] = plan.reserve(i64(sizeof(u32)));
     plan.zero_bytes = i64(sizeof(u32));
   }
   Launch& forward = plan.add();

@@ -7,15 +7,8 @@ from strobe.compat import ops
 from strobe.compat.blocks import _get_block_size_n
 from strobe.compat.extension import _varlen_fwd
 from strobe.compat.names import round_multiple
-from strobe.compat.swaa import (
-    flash_attn_func,
-    flash_attn_kvpacked_func,
-    flash_attn_qkvpacked_func,
-    flash_attn_varlen_func,
-    flash_attn_varlen_kvpacked_func,
-    flash_attn_varlen_qkvpacked_func,
-    flash_attn_with_kvcache,
-)
+from strobe.compat.swaa import *  # noqa: F403
+from strobe.compat.swaa import __all__ as _seven
 
 USE_TRITON_ROCM = False
 
@@ -30,13 +23,7 @@ _wrapped_flash_attn_backward = _ops._wrapped_flash_attn_backward
 _wrapped_flash_attn_varlen_backward = _ops._wrapped_flash_attn_varlen_backward
 
 __all__ = [
-    "flash_attn_func",
-    "flash_attn_kvpacked_func",
-    "flash_attn_qkvpacked_func",
-    "flash_attn_varlen_func",
-    "flash_attn_varlen_kvpacked_func",
-    "flash_attn_varlen_qkvpacked_func",
-    "flash_attn_with_kvcache",
+    *_seven,
     "USE_TRITON_ROCM",
     "flash_attn_gpu",
     "maybe_contiguous",

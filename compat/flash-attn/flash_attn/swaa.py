@@ -3,15 +3,8 @@
 from flash_attn import flash_attn_interface as _interface
 from strobe.compat.extension import _varlen_fwd
 from strobe.compat.ops import in_swaa_order as _in_swaa_order
-from strobe.compat.swaa import (
-    flash_attn_func,
-    flash_attn_kvpacked_func,
-    flash_attn_qkvpacked_func,
-    flash_attn_varlen_func,
-    flash_attn_varlen_kvpacked_func,
-    flash_attn_varlen_qkvpacked_func,
-    flash_attn_with_kvcache,
-)
+from strobe.compat.swaa import *  # noqa: F403
+from strobe.compat.swaa import __all__ as _seven
 
 _ops = _in_swaa_order(_interface._ops)
 _flash_attn_forward = _ops._flash_attn_forward
@@ -25,11 +18,5 @@ __all__ = [
     "_flash_attn_varlen_backward",
     "_flash_attn_varlen_forward",
     "_varlen_fwd",
-    "flash_attn_func",
-    "flash_attn_kvpacked_func",
-    "flash_attn_qkvpacked_func",
-    "flash_attn_varlen_func",
-    "flash_attn_varlen_kvpacked_func",
-    "flash_attn_varlen_qkvpacked_func",
-    "flash_attn_with_kvcache",
+    *_seven,
 ]

@@ -4,15 +4,8 @@ import flex_head_fa_2_cuda as flash_attn_cuda
 
 from strobe._arguments import last_contiguous as maybe_contiguous
 from strobe.compat.blocks import _get_block_size_n
-from strobe.compat.fa2 import (
-    flash_attn_func,
-    flash_attn_kvpacked_func,
-    flash_attn_qkvpacked_func,
-    flash_attn_varlen_func,
-    flash_attn_varlen_kvpacked_func,
-    flash_attn_varlen_qkvpacked_func,
-    flash_attn_with_kvcache,
-)
+from strobe.compat.fa2 import *  # noqa: F403
+from strobe.compat.fa2 import __all__ as _seven
 from strobe.compat.flex import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -21,13 +14,7 @@ from strobe.compat.flex import (
 )
 
 __all__ = [
-    "flash_attn_func",
-    "flash_attn_kvpacked_func",
-    "flash_attn_qkvpacked_func",
-    "flash_attn_varlen_func",
-    "flash_attn_varlen_kvpacked_func",
-    "flash_attn_varlen_qkvpacked_func",
-    "flash_attn_with_kvcache",
+    *_seven,
     "flash_attn_cuda",
     "maybe_contiguous",
     "_flash_attn_backward",
