@@ -6,6 +6,7 @@
 #include "core/launch.h"
 #include "core/softmax.h"
 #include "cuda/epilogue.cuh"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/memory.cuh"
 
 namespace strobe {
@@ -22,6 +23,7 @@ __global__ __launch_bounds__(threads(C)) void combine(const __grid_constant__ Co
   u32 n = blockIdx.x;
   const u32 i = launch.rows.take(n), h = launch.heads.take(n);
   const SeqInfo seq = SeqInfo::of(p, n);
+  ptx::wait_for_prerequisites();
   if (i >= seq.rows_q) return;
   u16* const out = static_cast<u16*>(p.out.data) + seq.q_index(p.out, i, h);
   const int lane = lane_id(), warp = warp_id();

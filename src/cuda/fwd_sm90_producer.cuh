@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/fwd_sm90_work.cuh"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/tma.cuh"
 
 namespace strobe {
@@ -125,6 +126,7 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
   const AttnParams& p = launch.p;
   const int lane = lane_id(), warp = warp_id() - first_producer_warp(C);
   const int box = kWarps == 1 ? lane : lane * (kWarps - 1) + warp - 1;  // this lane's
+  if constexpr (kLeads && C.split != 0) ptx::start_dependents();
   if (kLeads && lane == 0) {
     ptx::prefetch_tensormap(launch.q);
     ptx::prefetch_tensormap(launch.k);

@@ -41,7 +41,7 @@ Driver open_driver() {
   STROBE_FIND(cuFuncSetAttribute);
   STROBE_FIND(cuStreamIsCapturing);
   STROBE_FIND(cuThreadExchangeStreamCaptureMode);
-  STROBE_FIND(cuLaunchKernel);
+  STROBE_FIND(cuLaunchKernelEx);
   STROBE_FIND(cuMemsetD8Async);
   STROBE_FIND(cuTensorMapEncodeTiled);
 #undef STROBE_FIND

@@ -19,6 +19,21 @@ using CUdeviceptr = unsigned long long;
 constexpr CUresult kCudaSuccess = 0;
 constexpr CUresult kCudaOutOfMemory = 2;
 
+// CUlaunchAttribute and CUlaunchConfig.
+struct alignas(8) LaunchAttribute {
+  u32 id, padding;
+  union {
+    char bytes[64];
+    int value;
+  };
+};
+struct LaunchConfig {
+  unsigned grid[3], block[3], smem_bytes;
+  CUstream stream;
+  LaunchAttribute* attributes;
+  unsigned attribute_count;
+};
+
 struct Driver {
   CUresult (*cuInit)(unsigned flags);
   CUresult (*cuDriverGetVersion)(int* version);
@@ -39,9 +54,7 @@ struct Driver {
   CUresult (*cuTensorMapEncodeTiled)(void* map, int type, u32 rank, void* data, const u64* dims, const u64* strides,
                                      const u32* box, const u32* element_strides, int interleave, int swizzle,
                                      int l2_promotion, int fill);
-  CUresult (*cuLaunchKernel)(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                             unsigned block_y, unsigned block_z, unsigned smem_bytes, CUstream stream, void** params,
-                             void** extra);
+  CUresult (*cuLaunchKernelEx)(const LaunchConfig* config, CUfunction function, void** params, void** extra);
 
   int version;  // 13000 is CUDA 13.0
 };

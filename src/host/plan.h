@@ -81,7 +81,8 @@ struct Launch {
   KernelRef kernel;
   u32 grid[3] = {1, 1, 1};
   u32 threads = 0;
-  u32 smem = 0;  // dynamic shared memory, bytes
+  u32 smem = 0;           // dynamic shared memory, bytes
+  bool overlaps = false;  // may start before the launch ahead of it has ended: its kernel waits for that itself
 };
 
 struct Plan {

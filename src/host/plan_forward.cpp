@@ -65,7 +65,7 @@ void add_forward(Plan& plan, const AttnParams& p, const DeviceInfo& device) {
   forward.grid[0] = u32(s.blocks * plan.num_splits);
   forward.threads = u32(threads(s.config));
   forward.smem = u32(smem_bytes(s.config));
-  add_combine(plan, p);
+  add_combine(plan, p, device);
 }
 
 Plan plan_forward(const AttnParams& p, const DeviceInfo& device) {

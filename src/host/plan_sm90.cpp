@@ -159,7 +159,7 @@ void add_forward_sm90(Plan& plan, const AttnParams& p, const DeviceInfo& device,
   forward.grid[0] = u32(grid);
   forward.threads = u32(threads(s.config));
   forward.smem = u32(smem_bytes(s.config));
-  add_combine(plan, p);
+  add_combine(plan, p, device);
 }
 
 Plan plan_forward_sm90(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune* tile) {

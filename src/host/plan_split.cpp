@@ -41,7 +41,7 @@ void reserve_splits(Plan& plan, const AttnParams& p, i64 splits) {
   plan.offsets[kPartialState] = plan.reserve(rows * 2 * i64(sizeof(float)));
 }
 
-void add_combine(Plan& plan, const AttnParams& p) {
+void add_combine(Plan& plan, const AttnParams& p, const DeviceInfo& device) {
   if (plan.num_splits == 1) return;
   const CombineConfig config = {i32(p.dtype), i32(p.head_dim_v)};
   Launch& combine = plan.add();
@@ -49,6 +49,7 @@ void add_combine(Plan& plan, const AttnParams& p) {
   combine.grid[0] = u32(p.batch * p.num_heads * p.seqlen_q);
   combine.threads = u32(threads(config));
   combine.smem = u32(smem_bytes(config));
+  combine.overlaps = device.arch >= 90;
 }
 
 Partials partials_of(const Plan& plan, void* workspace) {

@@ -34,7 +34,7 @@ i64 choose_splits(i64 blocks, i64 most, i64 slots);
 // Sets the plan's number of splits and reserves their partial results.
 void reserve_splits(Plan& plan, const AttnParams& p, i64 splits);
 // The launch that merges them, where there are any.
-void add_combine(Plan& plan, const AttnParams& p);
+void add_combine(Plan& plan, const AttnParams& p, const DeviceInfo& device);
 
 // Partial results in the workspace: null without splits.
 struct Partials {

@@ -241,9 +241,13 @@ void test_splits() {
     const Plan plan = plan_forward_sm90(p, device);
     const std::string call = std::to_string(tokens) + " tokens";
     expect(plan.num_splits * 8 > device.sm_count * 8 / 10 && plan.num_splits * 8 <= device.sm_count, "one wave", call);
-    expect(plan.count == 2 && plan.launches[1].kernel.source == &kCombine, "parts are merged", call);
+    expect(plan.count == 2 && plan.launches[1].kernel.source == &kCombine && plan.launches[1].overlaps &&
+               !plan.launches[0].overlaps,
+           "parts are merged by a kernel that is started early", call);
   }
   expect(plan_forward_sm90(dense(1, 1, 512, 32, 8, 128, 128), device).num_splits <= 2, "no short parts", "512 keys");
+  const Plan older = plan_forward(dense(1, 1, 131072, 64, 8, 128, 128), typical_device(80));
+  expect(older.count == 2 && !older.launches[1].overlaps, "sm_80 cannot start it early", "sm_80");
 }
 
 }  // namespace
