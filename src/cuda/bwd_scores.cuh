@@ -5,6 +5,7 @@
 #include "core/philox.h"
 #include "core/score.h"
 #include "core/softmax.h"
+#include "cuda/apply.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/tile/fragment.cuh"
 
@@ -14,9 +15,6 @@ namespace strobe {
 __device__ __forceinline__ uint4 seen_of(const Queries& q) {
   return make_uint4(u32(q.begin), u32(q.end), q.full_begin < q.full_end ? u32(q.full_begin) : 0x7fffffffu, 0);
 }
-
-// tanh by 2^x: error below 1e-6, and no branch.
-__device__ __forceinline__ float bwd_tanh(float x) { return 1.f - 2.f * ptx::rcp(ptx::ex2(2.f * kLog2e * x) + 1.f); }
 
 // C: BwdConfig or BwdKeptConfig.
 template <auto C>
@@ -89,7 +87,7 @@ struct BwdScores {
               const float shift_i = e ? shift[h].y : shift[h].x, delta_i = e ? delta[h].y : delta[h].x;
               float derivative = 1.f, score, d = dx;
               if constexpr (C.softcap) {
-                const float capped = bwd_tanh(sx * (p.scale / p.softcap));
+                const float capped = tanh_of(sx * (p.scale / p.softcap));
                 derivative = 1.f - capped * capped;
                 score = capped * (p.softcap * kLog2e);
               } else {
