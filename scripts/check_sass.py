@@ -6,6 +6,7 @@ usage: check_sass.py [--share 1.0] CUBIN...     needs nvdisasm (pip install nvid
 """
 
 import argparse
+import itertools
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);")
 # What the loop's order is made of.
-SCORES_WAIT, OUTPUT_WAIT, EXPONENTIAL, MULTIPLY = "scores", "output", "ex2", "gemm"
+SCORES_WAIT, OUTPUT_WAIT, EXPONENTIAL, MULTIPLY, PACK = "scores", "output", "ex2", "gemm", "pack"
 
 
 def find_nvdisasm() -> str:
@@ -42,25 +43,22 @@ def events(sass: str) -> list[str]:
             found.append(EXPONENTIAL)
         elif operation.startswith("HGMMA"):
             found.append(MULTIPLY)
+        elif operation.startswith("F2FP"):
+            found.append(PACK)
     return found
 
 
 def shares(found: list[str]) -> list[float]:
-    """Of each loop body: the share of its exponentials that stand before the wait for the output."""
+    """Of each loop body: the share of its exponentials that stand before the wait for the output. Where numbers are
+    packed before that wait and no exponential is taken, an item ends: its rows leave under the next one's scores."""
     result = []
     for start, event in enumerate(found):
         if event != SCORES_WAIT:
             continue
-        counts = {True: 0, False: 0}
-        under = True
-        for following in found[start + 1 :]:
-            if following in (SCORES_WAIT, MULTIPLY):
-                break
-            if following == OUTPUT_WAIT:
-                under = False
-            elif following == EXPONENTIAL:
-                counts[under] += 1
-        result.append(counts[True] / max(1, counts[True] + counts[False]))
+        body = list(itertools.takewhile(lambda e: e not in (SCORES_WAIT, MULTIPLY), found[start + 1 :]))
+        under = body[: body.index(OUTPUT_WAIT)] if OUTPUT_WAIT in body else body
+        if PACK not in under or EXPONENTIAL in under:
+            result.append(under.count(EXPONENTIAL) / max(1, body.count(EXPONENTIAL)))
     return result
 
 

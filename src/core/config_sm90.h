@@ -9,7 +9,8 @@ struct FwdSm90Config {
   i32 dtype = 0;                     // DType
   i32 head_dim = 0, head_dim_v = 0;  // as in memory
   i32 block_m = 0, block_n = 0;      // query rows, 64 a consumer warpgroup, and keys of a tile
-  i32 stages = 0;
+  i32 stages = 0;                    // of K and of V
+  i32 stages_q = 1;  // 2: an item's queries arrive, and are multiplied, before the rows of the item before have left
   i32 pingpong = 0;  // consumers take turns with the tensor cores
   i32 packed = 0;    // sequences of their own lengths: a tile's sequence is found by a scan over them
   i32 paged = 0;     // rows of a box of K or V, which divide a page; 0: not paged
@@ -28,6 +29,7 @@ constexpr void fields(const FwdSm90Config& c, F f) {
   f("block_m", c.block_m);
   f("block_n", c.block_n);
   f("stages", c.stages);
+  f("stages_q", c.stages_q);
   f("pingpong", c.pingpong);
   f("packed", c.packed);
   f("paged", c.paged);
@@ -47,6 +49,10 @@ constexpr int producer_warps(const FwdSm90Config& c) {
   return c.paged < c.block_n ? 1 + min(3, c.block_n / c.paged) : 1;
 }
 
+// Finding an item's tiles takes longer than computing one. Beside several consumers a warp of its own does it, the
+// scout; else the first producing warp does.
+constexpr bool scouts(const FwdSm90Config& c) { return producer_warps(c) == 1 && consumers(c) > 1; }
+
 // Consumers come behind the producer's warpgroup. A single one comes first: no registers are dealt out, so that the
 // producer needs no warpgroup.
 constexpr int first_producer_warp(const FwdSm90Config& c) { return consumers(c) == 1 ? 4 : 0; }
@@ -59,15 +65,21 @@ constexpr int panels(int dim) { return (dim + 63) / 64; }
 constexpr i64 query_bytes(const FwdSm90Config& c) { return i64(c.block_m) * panels(c.head_dim) * 128; }
 constexpr i64 key_bytes(const FwdSm90Config& c) { return i64(c.block_n) * panels(c.head_dim) * 128; }
 constexpr i64 value_bytes(const FwdSm90Config& c) { return i64(c.block_n) * panels(c.head_dim_v) * 128; }
-constexpr i64 tile_bytes(const FwdSm90Config& c) { return query_bytes(c) + c.stages * (key_bytes(c) + value_bytes(c)); }
+constexpr i64 tile_bytes(const FwdSm90Config& c) {
+  return c.stages_q * query_bytes(c) + c.stages * (key_bytes(c) + value_bytes(c));
+}
 // What the producer hands over: the bounds of a work item's rows, and the items themselves in a ring.
 constexpr i64 bounds_bytes(const FwdSm90Config& c) { return i64(c.block_m) * 16; }
 constexpr int kWorkSlots = 4;
-constexpr i64 kWorkBytes = 144;
-constexpr i64 barrier_bytes(const FwdSm90Config& c) { return (4 + 4 * c.stages) * 8; }
+constexpr i64 kWorkBytes = 208;
+constexpr i64 barrier_bytes(const FwdSm90Config& c) { return (2 + 2 * c.stages_q + 4 * c.stages) * 8; }
 constexpr i64 smem_bytes(const FwdSm90Config& c) {
   return tile_bytes(c) + bounds_bytes(c) + kWorkSlots * kWorkBytes + barrier_bytes(c);
 }
+
+// Whether a warpgroup computes only those of an item's tiles that its own rows see. Wider outputs leave no register for
+// it.
+constexpr bool skips(const FwdSm90Config& c) { return round_up_16(c.head_dim_v) <= 192; }
 
 // Registers of a thread, which setmaxnreg deals out: the pool is 64 K. A single consumer needs no dealing.
 constexpr bool busy_producer(const FwdSm90Config& c) { return c.packed && producer_warps(c) > 1; }
@@ -80,7 +92,8 @@ constexpr bool valid(const FwdSm90Config& c) {
   return (c.dtype == i32(DType::f16) || c.dtype == i32(DType::bf16)) && c.head_dim % 8 == 0 && c.head_dim_v % 8 == 0 &&
          c.head_dim > 0 && c.head_dim <= 256 && c.head_dim_v > 0 && c.head_dim_v <= 256 &&
          (c.block_m == 64 || c.block_m == 128 || c.block_m == 192) && c.block_n % 16 == 0 && c.block_n > 0 &&
-         c.block_n <= 256 && c.stages >= 2 && !(c.pingpong && c.block_m == 64) &&
+         c.block_n <= 256 && c.stages >= 2 && (c.stages_q == 1 || (c.stages_q == 2 && scouts(c))) &&
+         !(c.pingpong && c.block_m == 64) &&
          (c.paged == 0 || (c.paged % 8 == 0 && c.block_n % c.paged == 0 && c.block_n / c.paged <= 32));
 }
 

@@ -18,14 +18,20 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
   constexpr DType kType = DType(C.dtype);
   constexpr int kDepth = round_up_16(C.head_dim), kWidth = round_up_16(C.head_dim_v), kKeys = C.block_n;
   constexpr bool kPlain = !C.softcap;
-  constexpr bool kSkips = kWidth <= 192;  // beyond, there is no register left for it
+  constexpr bool kSkips = skips(C);
+  constexpr bool kAhead = C.stages_q > 1;  // an item's last tile is multiplied by V with the next one's first scores
   using Scores = Fragment<16, kKeys>;
   const AttnParams& p = launch.p;
   const int row0 = warpgroup * 64 + warp_id() % 4 * 16;  // of this warp
   const float log2_scale = kPlain ? p.scale * kLog2e : 1.f;
-  const u32 q = shared.q(warpgroup);
   const auto token_of = [&](i32 row) { return C.pack ? i32(launch.group.quotient(u32(row))) : row; };
   Sm90Ring<C.stages> k_ring, v_ring;
+  Sm90Ring<C.stages_q> q_ring;
+  Sm90Softmax softmax;
+  Fragment<16, kWidth> out;
+  Operand<16, kKeys> probabilities;  // of the tile before
+  float scale[2];                    // of the rows that are to be written
+  bool pending = false;              // the item before has its last product by V and its rows still to come
 
   const auto turn_wait = [&] {
     if constexpr (C.pingpong) ptx::bar_sync(kTurnBarrier + u32(warpgroup), 256);
@@ -46,17 +52,45 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
   };
   if (C.pingpong && warpgroup == consumers(C) - 1) turn_pass();
 
-#pragma unroll 1
-  for (u32 item = 0;; ++item) {
-    ptx::mbarrier_try_wait(shared.q_full(), item & 1);
-    const Sm90Work& work = shared.work(item);
-    if (work.first_row < 0) break;
-    Sm90Softmax softmax;
-    Fragment<16, kWidth> out;
-    Operand<16, kKeys> probabilities;  // of the tile before
+  const auto clear = [&] {
     softmax.clear();
     out.clear();
-    i32 left = work.tiles;
+  };
+  // The tile before by V alone.
+  const auto issue_last = [&] {
+    ptx::pin(out);
+    ptx::pin(probabilities);
+    ptx::wgmma_fence();
+    issue_output<kType>(out, probabilities, shared.v(v_ring.stage));
+    ptx::wgmma_commit();
+  };
+  const auto finish_last = [&] {
+    ptx::wgmma_wait<0>();
+    ptx::pin(out);
+    v_release();
+  };
+  clear();
+
+#pragma unroll 1
+  for (u32 item = 0;; ++item) {
+    ptx::mbarrier_try_wait(shared.q_full(q_ring.stage), q_ring.parity);
+    const Sm90Work& work = shared.work(item);
+    const auto head = work.head;
+    const bool more = head.first_row >= 0;
+    // The item before ends alone, where this one's first tile is not this warpgroup's.
+    if (kAhead && pending && !(more && (head.start >> warpgroup & 4))) {
+      v_wait();
+      issue_last();
+      finish_state<C>(scale, softmax, launch, shared.work(item - 1), row0);
+      softmax.clear();
+      finish_last();
+      write_rows<C>(out, scale, launch, shared.work(item - 1), row0);
+      out.clear();
+      pending = false;
+    }
+    if (!more) break;
+    const u32 q = shared.q(q_ring.stage, warpgroup);
+    i32 left = head.tiles;
     bool begun = false;  // whether there is a tile before
 
     const auto score = [&](Scores& s, i32 tile, auto masked) {
@@ -64,36 +98,61 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       if constexpr (masked.value)
         apply_mask(s, tile * kKeys, [&](int r) { return shared.bounds()[row0 + Scores::row(r)]; });
     };
-    // The first tile: its scores alone.
-    const auto begin = [&](i32 tile, bool stale) {
-      Scores s;
-      k_wait();
-      turn_wait();
-      ptx::wgmma_fence();
-      issue_scores<kType, kDepth>(s, q, shared.k(k_ring.stage));
-      ptx::wgmma_commit();
-      turn_pass();
-      // Each warp finds the bounds of its own rows meanwhile.
-      if (lane_id() < 16) {
-        const i32 row = work.first_row + row0 + lane_id();
+    // Each warp finds the bounds of its own rows, under a multiplication.
+    const auto find_bounds = [&] {
+      if ((head.start & 2) && lane_id() < 16) {
+        const i32 row = head.first_row + row0 + lane_id();
         shared.bounds()[row0 + lane_id()] = row_keys(work.mask, token_of(row));
       }
       __syncwarp();
-      ptx::wgmma_wait<0>();
+    };
+    // The first tile: its scores alone, or with what is left of the item before, whose rows leave meanwhile.
+    const auto begin = [&](i32 tile, bool full, bool stale) {
+      Scores s;
+      k_wait();
+      if (kAhead && pending) {
+        v_wait();
+        turn_wait();
+        issue_last();
+        issue_scores<kType, kDepth>(s, q, shared.k(k_ring.stage));
+        ptx::wgmma_commit();
+        turn_pass();
+        finish_state<C>(scale, softmax, launch, shared.work(item - 1), row0);
+        softmax.clear();
+        find_bounds();
+        ptx::wgmma_wait<1>();
+        ptx::pin(out);
+        v_release();
+        write_rows<C>(out, scale, launch, shared.work(item - 1), row0);
+        out.clear();
+        pending = false;
+        ptx::wgmma_wait<0>();
+      } else {
+        turn_wait();
+        ptx::wgmma_fence();
+        issue_scores<kType, kDepth>(s, q, shared.k(k_ring.stage));
+        ptx::wgmma_commit();
+        turn_pass();
+        find_bounds();
+        ptx::wgmma_wait<0>();
+      }
       ptx::pin(s);
       k_release();
-      score(s, tile, Int<1>{});
+      if (full)
+        score(s, tile, Int<0>{});
+      else
+        score(s, tile, Int<1>{});
       const bool moves = softmax.update(s, log2_scale);
       probabilities = to_operand<kType>(s);
       if (kSkips && moves) softmax.rescale(out);
       // What lies behind a sequence's keys is multiplied by 0, which NaN survives.
       if (stale) {
         v_wait();
-        const u32 v = shared.v(v_ring.stage) + u32(work.stale) * 128;
+        const u32 v = shared.v(v_ring.stage) + u32(head.stale) * 128;
 #pragma unroll 1
         for (int panel = 0; panel < panels(C.head_dim_v); ++panel)
 #pragma unroll 1
-          for (int at = int(threadIdx.x % 128); at < (kKeys - work.stale) * 8; at += 128)
+          for (int at = int(threadIdx.x % 128); at < (kKeys - head.stale) * 8; at += 128)
             ptx::st_shared_16(v + u32(panel * kKeys * 128 + at * 16), make_uint4(0, 0, 0, 0));
         ptx::fence_proxy_async();
         ptx::bar_sync(kGroupBarrier + u32(warpgroup), 128);
@@ -132,20 +191,6 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       probabilities = to_operand<kType>(s);
       if (moves) softmax.rescale(out);
     };
-    // The tile before by V alone: there is no other one, or not at once.
-    const auto issue_last = [&] {
-      ptx::pin(out);
-      ptx::pin(probabilities);
-      ptx::wgmma_fence();
-      issue_output<kType>(out, probabilities, shared.v(v_ring.stage));
-      ptx::wgmma_commit();
-    };
-    const auto finish_last = [&] {
-      ptx::wgmma_wait<0>();
-      ptx::pin(out);
-      v_release();
-      begun = false;
-    };
     // Tiles that none of this warpgroup's rows sees, but others' do: freed, with their turn.
     const auto skip = [&](i32 count) {
 #pragma unroll 1
@@ -164,26 +209,35 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
     i32 first_tile = -1;
     if constexpr (!kSkips) {
       if (left > 0) {
-        first_tile = (work.end[1] > work.begin[1] ? work.end[1] : work.end[0]) - 1;
-        begin(first_tile, work.stale < kKeys);
+        const auto run = work.run[head.start & 1];
+        first_tile = run.end - 1;
+        begin(first_tile, first_tile >= run.full_begin && first_tile < run.full_end, head.stale < kKeys);
       }
     }
 #pragma unroll 1
-    for (int r = 1; r >= 0; --r) {
+    for (int r = head.start & 1; r >= 0; --r) {
+      const auto run = work.run[r];
       // Of the item's tiles, those that this warpgroup's rows see.
-      i32 seen_begin = work.begin[r], tile = work.end[r];
-      if constexpr (kSkips) {
-        const i32 row = work.first_row + warpgroup * 64;
-        const Run seen = work.mask.narrowed(seen_begin, tile, r == 1, token_of(row), token_of(row + 63) + 1, kKeys);
-        seen_begin = i32(seen.begin);
-        skip(tile - i32(seen.end));
-        tile = i32(seen.end);
+      i32 seen_begin = run.begin, tile = run.end;
+      if constexpr (kSkips && consumers(C) > 1) {
+        i32 seen_end;
+        if constexpr (scouts(C)) {
+          const auto seen = work.seen[warpgroup][r];
+          seen_begin = seen.begin, seen_end = seen.end;
+        } else {
+          const i32 row = head.first_row + warpgroup * 64;
+          const Run seen = work.mask.narrowed(seen_begin, tile, r == 1, token_of(row), token_of(row + 63) + 1, kKeys);
+          seen_begin = i32(seen.begin), seen_end = i32(seen.end);
+        }
+        skip(tile - seen_end);
+        tile = seen_end;
       }
+      const i32 full_begin = max(run.full_begin, seen_begin), full_end = max(run.full_end, seen_begin);
       if (kSkips ? !begun && tile > seen_begin : tile == first_tile + 1 && tile > seen_begin) {
         --tile;
-        if constexpr (kSkips) begin(tile, work.stale < kKeys && left == work.tiles);
+        if constexpr (kSkips)
+          begin(tile, tile >= full_begin && tile < full_end, head.stale < kKeys && left == head.tiles);
       }
-      const i32 full_begin = max(work.full_begin[r], seen_begin), full_end = max(work.full_end[r], seen_begin);
 #pragma unroll 1
       while (tile > seen_begin) {
         const i32 stop = tile > full_end ? full_end : tile > full_begin ? tile : seen_begin;
@@ -192,18 +246,22 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
 #pragma unroll 1
         while (tile > full_begin) step(--tile, Int<0>{});
       }
-      if (kSkips && seen_begin > work.begin[r]) {
+      if (kSkips && seen_begin > run.begin) {
         if (begun) {
           v_wait();
           issue_last();
           finish_last();
+          begun = false;
         }
-        skip(seen_begin - work.begin[r]);
+        skip(seen_begin - run.begin);
       }
     }
     __syncwarp();  // every lane knows of this item
-    if (lane_id() == 0) ptx::mbarrier_arrive(shared.q_free());
-    if (work.tiles > 0) {
+    if (lane_id() == 0) ptx::mbarrier_arrive(shared.q_free(q_ring.stage));
+    q_ring.advance();
+    if constexpr (kAhead) {
+      pending = begun;
+    } else if (head.tiles > 0) {
       if (!kSkips || begun) {
         v_wait();
         turn_wait();
@@ -215,7 +273,11 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
         turn_pass();
       }
     }
-    finish_rows<C>(out, softmax, launch, work, row0);
+    if (!pending) {
+      finish_state<C>(scale, softmax, launch, work, row0);
+      write_rows<C>(out, scale, launch, work, row0);
+      clear();
+    }
   }
 }
 
@@ -227,9 +289,11 @@ __global__ __launch_bounds__(threads(C), 1) void fwd_sm90(const __grid_constant_
   const int warpgroup = __shfl_sync(0xffffffffu, int(threadIdx.x / 128), 0);
   if (threadIdx.x == 0) {
     constexpr u32 kWarps = 4 * consumers(C);
-    ptx::mbarrier_init_cta(shared.q_full(), 1);
-    ptx::mbarrier_init_cta(shared.q_free(), kWarps);
-    ptx::mbarrier_init_cta(shared.work_full(), 1);
+    for (u32 stage = 0; stage < C.stages_q; ++stage) {
+      ptx::mbarrier_init_cta(shared.q_full(stage), 1);
+      ptx::mbarrier_init_cta(shared.q_free(stage), kWarps);
+    }
+    ptx::mbarrier_init_cta(shared.work_full(), scouts(C) ? 32 : 1);
     ptx::mbarrier_init_cta(shared.work_free(), max(1, producer_warps(C) - 1));
     for (u32 stage = 0; stage < C.stages; ++stage) {
       ptx::mbarrier_init_cta(shared.k_full(stage), 1);
@@ -248,6 +312,8 @@ __global__ __launch_bounds__(threads(C), 1) void fwd_sm90(const __grid_constant_
       produce<C, true>(launch, shared);
     else if (warp < producer_warps(C))
       produce<C, false>(launch, shared);
+    else if (scouts(C) && warp == producer_warps(C))
+      scout<C>(launch, shared);
   } else {
     if constexpr (consumers(C) > 1) ptx::setmaxnreg_inc<consumer_registers(C)>();
     consume<C>(launch, shared, warpgroup - (consumers(C) == 1 ? 0 : 1));

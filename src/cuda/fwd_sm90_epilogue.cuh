@@ -23,37 +23,66 @@ __device__ __forceinline__ void transpose_quad(u32 (&x)[4]) {
     x[2] = a, x[3] = b;
 }
 
-// row0: of the warp, in the tile.
-template <FwdSm90Config C, int kD>
-__device__ __forceinline__ void finish_rows(Fragment<16, kD>& out, Sm90Softmax& softmax, const FwdSm90Launch& launch,
-                                            const Sm90Work& work, int row0) {
-  using Output = Fragment<16, kD>;
-  constexpr DType kType = DType(C.dtype);
+// Of the two rows that a lane shares, the one that it finishes. row0: of the warp, in the tile.
+template <FwdSm90Config C>
+struct Sm90Row {
+  i32 first_token, token, head;  // head: within the group
+
+  __device__ __forceinline__ Sm90Row(const FwdSm90Launch& launch, const Sm90Work& work, int row0) {
+    const i32 row = work.head.first_row + row0 + Fragment<16, 8>::row(lane_id() % 2);
+    first_token = C.pack ? i32(launch.group.quotient(u32(work.head.first_row))) : work.head.first_row;
+    token = C.pack ? i32(launch.group.quotient(u32(row))) : row;
+    head = C.pack ? row - token * i32(launch.group.divisor) : 0;
+  }
+};
+
+// Writes LSE, or a partial result's state. scale: by which the output is to be multiplied; a partial output is written
+// as it is, but not where scale is 0: the merge reads nothing of a row that saw no key.
+template <FwdSm90Config C>
+__device__ __forceinline__ void finish_state(float (&scale)[2], Sm90Softmax& softmax, const FwdSm90Launch& launch,
+                                             const Sm90Work& work, int row0) {
   const AttnParams& p = launch.p;
-  const i32 group = C.pack ? i32(launch.group.divisor) : 1;
-  const i32 first_token = C.pack ? i32(launch.group.quotient(u32(work.first_row))) : work.first_row;
   const i32 used_q = i32(work.mask.seqlen_q);
 #pragma unroll
   for (int r = 0; r < 2; ++r) softmax.sum[r] = row_sum(softmax.sum[r]);
 
-  // The four lanes that share rows finish one row each.
   const int mine = lane_id() % 2;
   RowState state = {(mine ? softmax.reference[1] : softmax.reference[0]) * kLn2,
                     mine ? softmax.sum[1] : softmax.sum[0]};
   if (state.sum == 0.f) state.max = kNegInfinity;
-  const i32 row = work.first_row + row0 + Output::row(mine);
-  const i32 token = C.pack ? i32(launch.group.quotient(u32(row))) : row, head = row - token * group;
+  const Sm90Row<C> row(launch, work, row0);
   const bool writes = lane_id() % 4 == mine;
+  float factor = 0.f;
 
   if constexpr (C.split != 0) {
-    const i64 at = work.out + head * p.total_q + token;
-    if (writes && token < used_q)
+    const i64 at = work.out + row.head * p.total_q + row.token;
+    if (writes && row.token < used_q)
       *reinterpret_cast<float2*>(launch.partial_state + at * 2) = make_float2(state.max, state.sum);
+    if (row.token < used_q && state.sum != 0.f) factor = 1.f;
+  } else {
+    RowResult result = {0.f, kInfinity};
+    if (row.token < used_q) result = finalize(state, p.s_aux ? p.s_aux + work.head_q + row.head : nullptr);
+    if (p.lse && writes && row.token < work.rows_q)
+      p.lse[work.lse + (C.pack ? row.head * p.lse_head_stride : 0) + row.token - row.first_token] = result.lse;
+    factor = result.scale;
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) scale[r] = __shfl_sync(0xffffffffu, factor, r, 4);
+}
+
+template <FwdSm90Config C, int kD>
+__device__ __forceinline__ void write_rows(Fragment<16, kD>& out, const float (&scale)[2], const FwdSm90Launch& launch,
+                                           const Sm90Work& work, int row0) {
+  using Output = Fragment<16, kD>;
+  constexpr DType kType = DType(C.dtype);
+  const AttnParams& p = launch.p;
+  const Sm90Row<C> row(launch, work, row0);
+  if constexpr (C.split != 0) {
+    const i64 at = work.out + row.head * p.total_q + row.token;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const i64 row_at = __shfl_sync(0xffffffffu, at, r, 4);
-      const bool exists = __shfl_sync(0xffffffffu, i32(token < used_q && state.sum != 0.f), r, 4);
-      if (!exists) continue;  // the merge reads nothing of a row that saw no key
+      if (scale[r] == 0.f) continue;
       float* const to = launch.partial_out + row_at * C.head_dim_v;
 #pragma unroll
       for (int c = 0; c < Output::kCols; c += 2)
@@ -61,27 +90,29 @@ __device__ __forceinline__ void finish_rows(Fragment<16, kD>& out, Sm90Softmax& 
           *reinterpret_cast<float2*>(to + Output::col(c)) = make_float2(out.at(r, c), out.at(r, c + 1));
     }
   } else {
-    RowResult result = {0.f, kInfinity};
-    if (token < used_q) result = finalize(state, p.s_aux ? p.s_aux + work.head + head : nullptr);
-    if (p.lse && writes && token < work.rows_q)
-      p.lse[work.lse + (C.pack ? head * p.lse_head_stride : 0) + token - first_token] = result.lse;
-    const i64 offset = work.out + (token - first_token) * p.out.row_stride + (C.pack ? head * p.out.head_stride : 0);
+    // A row that saw nothing is 0 whatever lies in out.
+    if (__any_sync(0xffffffffu, scale[0] == 0.f || scale[1] == 0.f)) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int c = 0; c < Output::kCols; ++c)
+          if (scale[r] == 0.f) out.at(r, c) = 0.f;
+    }
+    const i64 offset =
+        work.out + (row.token - row.first_token) * p.out.row_stride + (C.pack ? row.head * p.out.head_stride : 0);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float scale = __shfl_sync(0xffffffffu, result.scale, r, 4);
       u16* const to = static_cast<u16*>(p.out.data) + __shfl_sync(0xffffffffu, offset, r, 4);
-      const bool exists = __shfl_sync(0xffffffffu, i32(token < work.rows_q), r, 4);
+      const bool exists = __shfl_sync(0xffffffffu, i32(row.token < work.rows_q), r, 4);
 #pragma unroll
       for (int g = 0; g < (kD + 31) / 32; ++g) {
         u32 x[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int n = g * 4 + i;  // eight columns
-          // A row that saw nothing is 0 whatever lies in out.
+          x[i] = 0;
           if (n < kD / 8 && n * 8 < C.head_dim_v)
-            x[i] = scale == 0.f ? 0 : ptx::cvt_pair<kType>(out.x[0][n][2 * r] * scale, out.x[0][n][2 * r + 1] * scale);
-          else
-            x[i] = 0;
+            x[i] = ptx::cvt_pair<kType>(out.x[0][n][2 * r] * scale[r], out.x[0][n][2 * r + 1] * scale[r]);
         }
         transpose_quad(x);
         const int col = g * 32 + lane_id() % 4 * 8;

@@ -1,5 +1,5 @@
-// The producer warp of fwd_sm90: takes tiles, publishes them as work items and keeps tensor copies of K and V ahead of
-// the consumers.
+// The producing warps of fwd_sm90: they take tiles, publish them as work items and keep tensor copies of K and V ahead
+// of the consumers.
 #pragma once
 
 #include "cuda/fwd_sm90_work.cuh"
@@ -11,25 +11,27 @@ namespace strobe {
 // Where everything lies in shared memory, as 32-bit addresses.
 template <FwdSm90Config C>
 struct Sm90Shared {
-  static constexpr u32 kKeys = u32(query_bytes(C)), kValues = kKeys + u32(C.stages * key_bytes(C));
+  static constexpr u32 kKeys = u32(C.stages_q * query_bytes(C)), kValues = kKeys + u32(C.stages * key_bytes(C));
   static constexpr u32 kBounds = u32(tile_bytes(C)), kWork = kBounds + u32(bounds_bytes(C));
   static constexpr u32 kBarriers = kWork + u32(kWorkSlots * kWorkBytes);
 
   unsigned char* base;
   u32 at;
 
-  __device__ __forceinline__ u32 q(int warpgroup) const { return at + u32(warpgroup * 64 * panels(C.head_dim) * 128); }
+  __device__ __forceinline__ u32 q(u32 stage, int warpgroup) const {
+    return at + stage * u32(query_bytes(C)) + u32(warpgroup * 64 * panels(C.head_dim) * 128);
+  }
   __device__ __forceinline__ u32 k(u32 stage) const { return at + kKeys + stage * u32(key_bytes(C)); }
   __device__ __forceinline__ u32 v(u32 stage) const { return at + kValues + stage * u32(value_bytes(C)); }
   __device__ __forceinline__ RowKeys* bounds() const { return reinterpret_cast<RowKeys*>(base + kBounds); }
   __device__ __forceinline__ Sm90Work& work(u32 item) const {
     return *reinterpret_cast<Sm90Work*>(base + kWork + item % kWorkSlots * u32(kWorkBytes));
   }
-  __device__ __forceinline__ u32 q_full() const { return at + kBarriers; }
-  __device__ __forceinline__ u32 q_free() const { return at + kBarriers + 8; }
-  __device__ __forceinline__ u32 work_full() const { return at + kBarriers + 16; }
-  __device__ __forceinline__ u32 work_free() const { return at + kBarriers + 24; }
-  __device__ __forceinline__ u32 k_full(u32 stage) const { return at + kBarriers + 32 + stage * 32; }
+  __device__ __forceinline__ u32 work_full() const { return at + kBarriers; }
+  __device__ __forceinline__ u32 work_free() const { return at + kBarriers + 8; }
+  __device__ __forceinline__ u32 q_full(u32 stage) const { return at + kBarriers + 16 + stage * 16; }
+  __device__ __forceinline__ u32 q_free(u32 stage) const { return q_full(stage) + 8; }
+  __device__ __forceinline__ u32 k_full(u32 stage) const { return at + kBarriers + 16 + C.stages_q * 16 + stage * 32; }
   __device__ __forceinline__ u32 k_free(u32 stage) const { return k_full(stage) + 8; }
   __device__ __forceinline__ u32 v_full(u32 stage) const { return k_full(stage) + 16; }
   __device__ __forceinline__ u32 v_free(u32 stage) const { return k_full(stage) + 24; }
@@ -48,7 +50,7 @@ struct Sm90Ring {
 struct Sm90Queue {
   i32 next, begin, kept_begin, kept_end;
   __device__ __forceinline__ explicit Sm90Queue(const Sm90Work& work)
-      : next(work.end[1]), begin(work.begin[1]), kept_begin(work.begin[0]), kept_end(work.end[0]) {}
+      : next(work.run[1].end), begin(work.run[1].begin), kept_begin(work.run[0].begin), kept_end(work.run[0].end) {}
   __device__ __forceinline__ i32 take() {
     if (next == begin) next = kept_end, begin = kept_begin;
     return --next;
@@ -69,7 +71,7 @@ template <FwdSm90Config C>
 __device__ __forceinline__ void prepare(const FwdSm90Launch& launch, Sm90Scheduler<C>& scheduler, Sm90Work& work) {
   const AttnParams& p = launch.p;
   const Sm90Tile tile = scheduler.tile(launch);
-  if (lane_id() == 0 && tile.batch < 0) work.first_row = -1;
+  if (lane_id() == 0 && tile.batch < 0) work.head.first_row = -1;
   const i32 group = C.pack ? i32(launch.group.divisor) : 1;
   const auto token_of = [&](i32 row) { return C.pack ? i32(launch.group.quotient(u32(row))) : row; };
   const i32 first_row = tile.m_block * C.block_m, first_token = token_of(first_row), head = tile.group * group;
@@ -82,10 +84,10 @@ __device__ __forceinline__ void prepare(const FwdSm90Launch& launch, Sm90Schedul
       work.out = seq.q_index(p.out, first_token, head);
       work.lse = seq.lse_index(p, first_token, head);
     }
-    work.first_row = first_row;
+    work.head.first_row = first_row;
     work.rows_q = i32(seq.rows_q);
     work.batch = tile.batch;
-    work.head = head;
+    work.head_q = head;
     work.head_k = i32(launch.heads_per_k.quotient(u32(head)));
     work.head_v = i32(launch.heads_per_v.quotient(u32(head)));
     work.q_batch = i32(seq.q_batch);
@@ -100,23 +102,79 @@ __device__ __forceinline__ void prepare(const FwdSm90Launch& launch, Sm90Schedul
       const i64 share = max<i64>(1, ceil_div<i64>(walk.tiles(), launch.splits));
       walk = split(walk, tile.split * share, (tile.split + 1) * share);
     }
-    work.tiles = i32(walk.tiles());
-    i32 end = 0;
+    work.head.tiles = i32(walk.tiles());
+    i32 end = 0, start = 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      work.begin[r] = i32(walk.run[r].begin);
-      work.full_begin[r] = i32(walk.run[r].full_begin);
-      work.full_end[r] = i32(walk.run[r].full_end);
-      work.end[r] = i32(walk.run[r].end);
-      if (walk.run[r].end > walk.run[r].begin) end = i32(walk.run[r].end);
+      const Run run = walk.run[r];
+      work.run[r] = {i32(run.begin), i32(run.full_begin), i32(run.full_end), i32(run.end)};
+      if (run.end <= run.begin) continue;
+      end = i32(run.end);
+      start = (start & 2) | r | (run.full_begin > run.begin || run.full_end < run.end ? 2 : 0);
     }
     // Only a sequence's last tile reaches beyond its keys. What follows them there is another sequence's, or unused
     // memory: the tensor map makes zeros only of what lies outside of the tensor.
     const i32 keys = i32(work.mask.seqlen_k), in_tile = keys - (end - 1) * C.block_n;
     const bool more = C.paged != 0 || work.k_row + keys < launch.rows_k;
-    work.stale = more && in_tile < C.block_n ? in_tile : C.block_n;
+    work.head.stale = more && in_tile < C.block_n ? in_tile : C.block_n;
+    work.head.start = start;
   }
   __syncwarp();
+  if constexpr (scouts(C)) {
+    // A lane for each warpgroup and run.
+    const int warpgroup = lane_id() / 2, r = lane_id() % 2;
+    bool first = false;
+    if (warpgroup < consumers(C) && tile.batch >= 0) {
+      const auto run = work.run[r];
+      i32 begin = run.begin, end = run.end;
+      if (skips(C) && begin < end) {
+        const i32 row = first_row + warpgroup * 64;
+        const Run seen = work.mask.narrowed(begin, end, r == 1, token_of(row), token_of(row + 63) + 1, C.block_n);
+        begin = i32(seen.begin), end = i32(seen.end);
+      }
+      work.seen[warpgroup][r] = {begin, end};
+      first = r == (work.head.start & 1) && end == run.end && begin < end;
+    }
+    const u32 lanes = __ballot_sync(0xffffffffu, first);
+    if (lane_id() == 0 && tile.batch >= 0) {
+      i32 start = work.head.start;
+#pragma unroll
+      for (int w = 0; w < consumers(C); ++w)
+        if (lanes >> (2 * w) & 3) start |= 4 << w;
+      work.head.start = start;
+    }
+    __syncwarp();
+  }
+}
+
+// Lanes wait together and go on together: one that is late could sleep through a whole phase of a barrier.
+__device__ __forceinline__ void wait_together(u32 barrier, u32 parity) {
+  ptx::mbarrier_try_wait(barrier, parity);
+  __syncwarp();
+}
+
+// Takes the next item and tells the other producing warps of it, once all of them know of the one before.
+template <FwdSm90Config C>
+__device__ __forceinline__ void publish(const FwdSm90Launch& launch, const Sm90Shared<C>& shared,
+                                        Sm90Scheduler<C>& scheduler, u32 item) {
+  constexpr bool kAlone = producer_warps(C) == 1 && !scouts(C);
+  if constexpr (!kAlone) wait_together(shared.work_free(), (item & 1) ^ 1);
+  scheduler.fetch(launch);
+  prepare(launch, scheduler, shared.work(item));
+  // Beside a scout every lane has written.
+  if (!kAlone && (scouts(C) || lane_id() == 0)) ptx::mbarrier_arrive(shared.work_full());
+}
+
+// A warp that only takes items: the one that brings keys need not stop for it.
+template <FwdSm90Config C>
+__device__ __forceinline__ void scout(const FwdSm90Launch& launch, const Sm90Shared<C>& shared) {
+  Sm90Scheduler<C> scheduler;
+  scheduler.start();
+#pragma unroll 1
+  for (u32 item = 0;; ++item) {
+    publish(launch, shared, scheduler, item);
+    if (shared.work(item).head.first_row < 0) break;
+  }
 }
 
 template <FwdSm90Config C, bool kLeads>
@@ -133,34 +191,23 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
     ptx::prefetch_tensormap(launch.v);
   }
   Sm90Scheduler<C> scheduler;
-  if constexpr (kLeads) scheduler.start(launch);
+  scheduler.start();
   Sm90Ring<C.stages> k_ring, v_ring;
-  k_ring.parity = v_ring.parity = 1;  // every stage is free
-  // Lanes wait together and go on together: one that is late could sleep through a whole phase of a barrier.
-  const auto wait = [](u32 barrier, u32 parity) {
-    ptx::mbarrier_try_wait(barrier, parity);
-    __syncwarp();
-  };
-  // The leader tells the other warps of an item once all of them know of the one before.
-  const auto publish = [&](u32 item) {
-    prepare(launch, scheduler, shared.work(item));
-    if constexpr (kWarps > 1) {
-      wait(shared.work_free(), (item & 1) ^ 1);
-      if (lane == 0) ptx::mbarrier_arrive(shared.work_full());
-    }
-  };
-  if constexpr (kLeads) publish(0);
+  Sm90Ring<C.stages_q> q_ring;
+  q_ring.parity = k_ring.parity = v_ring.parity = 1;  // every stage is free
+  constexpr bool kTakes = kLeads && !scouts(C);
+  if constexpr (kTakes) publish(launch, shared, scheduler, 0);
 #pragma unroll 1
   for (u32 item = 0;; ++item) {
     const Sm90Work& work = shared.work(item);
+    if constexpr (!kTakes) wait_together(shared.work_full(), item & 1);
     if constexpr (!kLeads) {
-      wait(shared.work_full(), item & 1);
       if (lane == 0) ptx::mbarrier_arrive(shared.work_free());
     }
-    if (work.first_row < 0) {
+    if (work.head.first_row < 0) {
       if constexpr (!kLeads) break;
-      wait(shared.q_free(), (item & 1) ^ 1);
-      if (lane == 0) ptx::mbarrier_arrive(shared.q_full());
+      wait_together(shared.q_free(q_ring.stage), q_ring.parity);
+      if (lane == 0) ptx::mbarrier_arrive(shared.q_full(q_ring.stage));
       break;
     }
     // Looked up before a stage is waited for: a read of the page table takes long.
@@ -189,7 +236,7 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
     const auto load_k = [&](i32 key_tile) {
       const u32 stage = k_ring.stage;
       const Sm90Place from = place_of(key_tile);
-      wait(shared.k_free(stage), k_ring.parity);
+      wait_together(shared.k_free(stage), k_ring.parity);
       load(launch.k, shared.k(stage), shared.k_full(stage), from, work.head_k, Int<C.head_dim>{}, kLeads);
       k_ring.advance();
     };
@@ -197,36 +244,47 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
       if constexpr (!kCopies) return;
       const u32 stage = v_ring.stage;
       const Sm90Place from = place_of(key_tile);
-      wait(shared.v_free(stage), v_ring.parity);
+      wait_together(shared.v_free(stage), v_ring.parity);
       load(launch.v, shared.v(stage), shared.v_full(stage), from, work.head_v, Int<C.head_dim_v>{},
            kWarps == 1 || warp == 1);
       v_ring.advance();
     };
 
-    const i32 tiles = work.tiles;
+    const auto load_q = [&] {
+      if constexpr (!kLeads) return;
+      wait_together(shared.q_free(q_ring.stage), q_ring.parity);
+      if (lane == 0) {
+        const u32 full = shared.q_full(q_ring.stage);
+        ptx::mbarrier_expect_tx(full, u32(query_bytes(C)));
+        const i32 tokens = C.pack ? i32(launch.group.quotient(64)) : 64;  // of a warpgroup
+#pragma unroll
+        for (int w = 0; w < consumers(C); ++w)
+#pragma unroll
+          for (int c = 0; c < panels(C.head_dim); ++c)
+            ptx::tma_load(shared.q(q_ring.stage, w) + c * 64 * 128, launch.q, full, c * 64, work.head_q,
+                          work.q_row + w * tokens, work.q_batch);
+      }
+      q_ring.advance();
+    };
+
+    const i32 tiles = work.head.tiles;
     Sm90Queue queue(work);
     i32 last = 0;
-    if (tiles > 0) load_k(last = queue.take());  // before Q: its stage is free a step earlier
-    if constexpr (kLeads) wait(shared.q_free(), (item & 1) ^ 1);
-    if (kLeads && lane == 0) {
-      ptx::mbarrier_expect_tx(shared.q_full(), u32(query_bytes(C)));
-      const i32 tokens = C.pack ? i32(launch.group.quotient(64)) : 64;  // of a warpgroup
-#pragma unroll
-      for (int w = 0; w < consumers(C); ++w)
-#pragma unroll
-        for (int c = 0; c < panels(C.head_dim); ++c)
-          ptx::tma_load(shared.q(w) + c * 64 * 128, launch.q, shared.q_full(), c * 64, work.head,
-                        work.q_row + w * tokens, work.q_batch);
-    }
+    // What is free sooner comes first: of two stages, that of Q; beside one, that of K.
+    if constexpr (C.stages_q > 1) load_q();
+    if (tiles > 0) load_k(last = queue.take());
+    if constexpr (C.stages_q == 1) load_q();
     // The next item is taken while the last tiles wait for a free stage: not sooner, since a block that is still busy
     // must not hold work that an idle one could do, and not later, since finding its tiles takes as long as computing
     // one.
     const i32 early = max(1, tiles - kTilesAhead);
 #pragma unroll 1
     for (i32 n = 1;; ++n) {
-      if (kLeads && n == early) {
-        scheduler.fetch(launch);
-        publish(item + 1);
+      if (n == early) {
+        if constexpr (kTakes)
+          publish(launch, shared, scheduler, item + 1);
+        else if (kLeads && lane == 0)
+          ptx::mbarrier_arrive(shared.work_free());
       }
       if (n >= tiles) break;
       const i32 next = queue.take();

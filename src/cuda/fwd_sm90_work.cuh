@@ -27,10 +27,9 @@ struct Sm90Scheduler {
   u32 number;              // the tile to work on
   i32 first_batch, dealt;  // packed: sequences from first_batch on begin at tile `dealt`
 
-  __device__ __forceinline__ void start(const FwdSm90Launch& launch) {
+  __device__ __forceinline__ void start() {
     first_batch = dealt = 0;
-    number = blockIdx.x;
-    if (launch.counter) fetch(launch);
+    number = blockIdx.x - gridDim.x;
   }
   // Called when the last tile's loads are issued: a block that is still busy must not take another one.
   __device__ __forceinline__ void fetch(const FwdSm90Launch& launch) {
@@ -100,16 +99,25 @@ struct Sm90Scheduler {
   }
 };
 
-// What the consumers need to know of a work item.
+// What the consumers need to know of a work item. What they read first lies together: it stands between an item's end
+// and the next one's start.
 struct Sm90Work {
+  struct alignas(16) {
+    i32 first_row;  // packed rows: token * group + head within the group; -1: there is no more work
+    i32 tiles;      // of the walk
+    i32 stale;      // rows of V in the first tile that must not be read begin here
+    i32 start;      // bit 0: the run of the first tile; 1: some tile is masked; 2 + w: warpgroup w sees the first tile
+  } head;
+  struct alignas(16) {
+    i32 begin, full_begin, full_end, end;
+  } run[2];  // of the walk
+  struct alignas(8) {
+    i32 begin, end;
+  } seen[3][2];  // of each warpgroup and run: the tiles that its rows see
   Mask mask;     // for the bounds of the rows
   i64 out, lse;  // offsets of the first row and head; split: of its row in the partial results
-  i32 begin[2], full_begin[2], full_end[2], end[2];  // the walk's runs
-  i32 first_row;  // packed rows: token * group + head within the group; -1: there is no more work
-  i32 tiles;      // of the walk
-  i32 rows_q;     // rows that exist
-  i32 head;       // the first of the group
-  i32 stale;      // rows of V in the first tile that must not be read begin here
+  i32 rows_q;    // rows that exist
+  i32 head_q;    // the first of the group
   i32 batch, head_k, head_v;
   i32 q_batch, q_row, k_batch, k_row;  // where the item's queries and the sequence's keys begin
 };

@@ -142,6 +142,7 @@ void add_forward_sm90(Plan& plan, const AttnParams& p, const DeviceInfo& device,
   Shape s = shape_of(p, device, tile);
   reserve_splits(plan, p, splits_of(s, device));
   s.config.split = plan.num_splits > 1;
+  if (s.config.split) s.config.stages_q = 1;  // parts are long, and registers few
   const i64 tiles = s.blocks * plan.num_splits, grid = min<i64>(tiles, device.sm_count);
   const bool uneven = masked(p) || ragged(p);
   plan.values[kGroup] = s.group;
@@ -173,7 +174,7 @@ void fill_forward_sm90(const AttnParams& p, const Plan& plan, void* workspace, L
   const Partials parts = partials_of(plan, workspace);
   const int at = int(plan.values[kForwardAt]);
   FwdSm90Config c;
-  static_assert(sizeof c == sizeof(i32) * 12);
+  static_assert(sizeof c == sizeof(i32) * 13);
   std::memcpy(&c, plan.launches[at].kernel.values, sizeof c);
   const i64 group = plan.values[kGroup], groups = p.num_heads / group, section = plan.values[kSection];
   const KeyRows keys = key_rows(p);

@@ -17,6 +17,7 @@ struct FwdSm90Tune {
   int max_dim, max_dim_v;  // head_dim and head_dim_v, rounded up to 16
   int masked;              // for kEveryKey or kNarrowWindow alone, or (kSomeKeys) for all
   int block_m, block_n, stages, pingpong;
+  int stages_q;
 };
 
 constexpr int kAnyRows = 1 << 30;
@@ -25,27 +26,28 @@ constexpr int kAnyRows = 1 << 30;
 constexpr FwdSm90Tune kFwdSm90Tune[] = {
     // One consumer: the memory's rate matters, not the tensor cores. It is best with 64 KB on their way to each
     // multiprocessor; 160 KB were a tenth slower.
-    {64,  64,  64, 1,  64, 128, 2, 0},
-    {64, 128, 128, 1,  64,  64, 2, 0},
-    {64, 192, 192, 1,  64,  48, 2, 0},
-    {64, 256, 256, 1,  64,  32, 2, 0},
+    {64,  64,  64, 1,  64, 128, 2, 0, 1},
+    {64, 128, 128, 1,  64,  64, 2, 0, 1},
+    {64, 192, 192, 1,  64,  48, 2, 0, 1},
+    {64, 256, 256, 1,  64,  32, 2, 0, 1},
     // A narrow window: more of a wide tile would lie outside of it. Turns cost more than they bring there.
-    {kAnyRows,  64,  64, 2, 192,  64, 3, 0},
-    {kAnyRows,  64,  64, 1, 192, 128, 3, 1},
-    // 1024 rows are 5.3 tiles of 192.
-    {    1024,  96,  96, 0, 128, 176, 2, 1},
-    {kAnyRows,  96,  96, 1, 192, 112, 2, 1},
-    {    1024, 128, 128, 1, 128, 128, 2, 1},
-    {kAnyRows,  64, 128, 1, 192,  80, 2, 1},
-    {kAnyRows, 128, 128, 1, 192,  80, 3, 1},
+    {kAnyRows,  64,  64, 2, 192,  64, 3, 0, 2},
+    {kAnyRows,  64,  64, 1, 192, 128, 3, 1, 2},
+    // 1024 rows are 5.3 tiles of 192. Beside a head_dim of 128, one stage of Q was faster there.
+    {    1024,  96,  96, 0, 128, 176, 2, 1, 1},
+    {kAnyRows,  96,  96, 1, 192, 112, 2, 1, 2},
+    {    1024,  64, 128, 1, 128, 128, 2, 1, 2},
+    {    1024, 128, 128, 1, 128, 128, 2, 1, 1},
+    {kAnyRows,  64, 128, 1, 192,  80, 2, 1, 2},
+    {kAnyRows, 128, 128, 1, 192,  80, 3, 1, 2},
     // Pages.
-    {kAnyRows, 128, 128, 0, 128, 176, 2, 1},
-    {kAnyRows, 128, 128, 1, 128, 128, 2, 1},
-    {kAnyRows, 192, 128, 1, 128, 128, 2, 0},
-    {kAnyRows, 256, 128, 1, 128,  96, 2, 0},
-    {kAnyRows, 192, 192, 1, 128, 112, 2, 0},
-    {kAnyRows, 128, 256, 1, 128,  80, 2, 0},
-    {kAnyRows, 256, 256, 1, 128,  80, 2, 1},
+    {kAnyRows, 128, 128, 0, 128, 176, 2, 1, 1},
+    {kAnyRows, 128, 128, 1, 128, 128, 2, 1, 1},
+    {kAnyRows, 192, 128, 1, 128, 128, 2, 0, 1},
+    {kAnyRows, 256, 128, 1, 128,  96, 2, 0, 1},
+    {kAnyRows, 192, 192, 1, 128, 112, 2, 0, 1},
+    {kAnyRows, 128, 256, 1, 128,  80, 2, 0, 1},
+    {kAnyRows, 256, 256, 1, 128,  80, 2, 1, 1},
 };
 // clang-format on
 
@@ -56,6 +58,8 @@ constexpr bool set_tile(FwdSm90Config& c, const FwdSm90Tune& row, i64 smem_per_b
   c.stages = row.stages;
   c.pingpong = row.pingpong;
   if (c.paged) c.paged = std::gcd(c.paged, c.block_n);
+  // A second stage of Q has no registers beside a soft cap, and was not timed for packed sequences.
+  c.stages_q = c.packed || c.paged || c.softcap ? 1 : row.stages_q;
   return valid(c) && smem_bytes(c) <= smem_per_block;
 }
 

@@ -225,7 +225,7 @@ int passed = 0, failed = 0;
 
 template <FwdSm90Config C>
 void run(int problems, unsigned seed) {
-  constexpr FwdSm90Tune kTile = {kAnyRows, 256, 256, 1, C.block_m, C.block_n, C.stages, C.pingpong};
+  constexpr FwdSm90Tune kTile = {kAnyRows, 256, 256, 1, C.block_m, C.block_n, C.stages, C.pingpong, C.stages_q};
   for (int n = 0; n < problems; ++n) {
     rng.seed(seed * 1000 + unsigned(n));
     Problem problem;
@@ -272,19 +272,23 @@ void run(int problems, unsigned seed) {
 
 int main(int count, char** arguments) {
   const int problems = count > 1 ? std::atoi(arguments[1]) : 6;
-  // dtype, dims, block_m, block_n, stages, pingpong, packed, paged, split, pack, softcap
-  run<FwdSm90Config{3, 64, 64, 128, 32, 2, 1}>(problems, 1);
-  run<FwdSm90Config{3, 64, 64, 192, 48, 2, 1}>(problems, 2);
-  run<FwdSm90Config{3, 40, 72, 128, 48, 2, 0, 0, 0, 0, 0, 1}>(problems, 3);
-  run<FwdSm90Config{3, 128, 32, 128, 80, 3, 1, 1}>(problems, 4);
-  run<FwdSm90Config{3, 64, 64, 64, 32, 3, 0, 1, 0, 0, 1}>(problems, 5);
-  run<FwdSm90Config{3, 64, 136, 64, 32, 2, 0, 0, 0, 1, 1}>(problems, 6);
-  run<FwdSm90Config{3, 64, 64, 64, 64, 2, 0, 0, 16, 1, 1}>(problems, 7);
-  run<FwdSm90Config{3, 80, 64, 128, 48, 2, 0, 0, 8}>(problems, 8);
-  run<FwdSm90Config{3, 64, 64, 128, 32, 2, 1, 0, 16}>(problems, 9);
-  run<FwdSm90Config{3, 64, 64, 128, 48, 2, 1, 1, 8}>(problems, 10);
-  run<FwdSm90Config{3, 64, 64, 64, 32, 2, 0, 1, 8, 0, 1}>(problems, 11);
-  run<FwdSm90Config{3, 64, 200, 128, 32, 2, 1}>(problems, 10);
+  // dtype, dims, block_m, block_n, stages, stages_q, pingpong, packed, paged, split, pack, softcap
+  run<FwdSm90Config{3, 64, 64, 128, 32, 2, 2, 1}>(problems, 1);
+  run<FwdSm90Config{3, 64, 64, 192, 48, 2, 2, 1}>(problems, 2);
+  run<FwdSm90Config{3, 40, 72, 128, 48, 2, 1, 0, 0, 0, 0, 0, 1}>(problems, 3);
+  run<FwdSm90Config{3, 128, 32, 128, 80, 3, 1, 1, 1}>(problems, 4);
+  run<FwdSm90Config{3, 64, 64, 64, 32, 3, 1, 0, 1, 0, 0, 1}>(problems, 5);
+  run<FwdSm90Config{3, 64, 136, 64, 32, 2, 1, 0, 0, 0, 1, 1}>(problems, 6);
+  run<FwdSm90Config{3, 64, 64, 64, 64, 2, 1, 0, 0, 16, 1, 1}>(problems, 7);
+  run<FwdSm90Config{3, 80, 64, 128, 48, 2, 1, 0, 0, 8}>(problems, 8);
+  run<FwdSm90Config{3, 64, 64, 128, 32, 2, 1, 1, 0, 16}>(problems, 9);
+  run<FwdSm90Config{3, 64, 64, 128, 48, 2, 1, 1, 1, 8}>(problems, 10);
+  run<FwdSm90Config{3, 64, 64, 64, 32, 2, 1, 0, 1, 8, 0, 1}>(problems, 11);
+  run<FwdSm90Config{3, 64, 200, 128, 32, 2, 2, 1}>(problems, 10);
+  run<FwdSm90Config{3, 64, 200, 128, 32, 2, 1, 1}>(problems, 12);
+  run<FwdSm90Config{3, 64, 64, 128, 32, 2, 1, 1}>(problems, 13);
+  run<FwdSm90Config{3, 64, 64, 192, 64, 3, 2, 0}>(problems, 14);
+  run<FwdSm90Config{3, 64, 64, 192, 48, 2, 1, 1, 1}>(problems, 15);
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;
 }

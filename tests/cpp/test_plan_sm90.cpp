@@ -60,9 +60,9 @@ void pack_sequences(AttnParams& p, i64 total_k) {
 
 FwdSm90Config config_of(const Plan& plan) {
   FwdSm90Config c;
-  i32* const values[] = {&c.dtype,    &c.head_dim, &c.head_dim_v, &c.block_m, &c.block_n, &c.stages,
+  i32* const values[] = {&c.dtype,    &c.head_dim, &c.head_dim_v, &c.block_m, &c.block_n, &c.stages, &c.stages_q,
                          &c.pingpong, &c.packed,   &c.paged,      &c.split,   &c.pack,    &c.softcap};
-  for (int i = 0; i < 12; ++i) *values[i] = plan.launches[0].kernel.values[i];
+  for (int i = 0; i < 13; ++i) *values[i] = plan.launches[0].kernel.values[i];
   return c;
 }
 
@@ -143,7 +143,7 @@ void test_every_shape() {
 void test_tiles() {
   for (const FwdSm90Tune& row : kFwdSm90Tune) {
     const FwdSm90Config c = {i32(DType::bf16), row.max_dim, row.max_dim_v, row.block_m,
-                             row.block_n,      row.stages,  row.pingpong};
+                             row.block_n,      row.stages,  row.stages_q,  row.pingpong};
     expect(valid(c) && smem_bytes(c) <= typical_device(90).smem_per_block, "a row of the table fits",
            "dims " + std::to_string(row.max_dim) + ", " + std::to_string(row.max_dim_v));
   }
