@@ -69,10 +69,23 @@ def failure_table(rows):
     return table(["suite", "case", "system", "why"], body) if body else "None."
 
 
+def origins(document):
+    """Which sources each suite was measured with, where they differ."""
+    sources = document.get("sources")
+    if not isinstance(sources, dict):
+        return []
+    suites = {}
+    for suite, digest in sources.items():
+        suites.setdefault(digest[:12], []).append(suite)
+    each = "; ".join(f"{', '.join(names)}: {digest}" for digest, names in suites.items())
+    return [f"Not all of one state of the sources (the digests begin as `tests/gpu/receipt.json`'s do): {each}."]
+
+
 def tables(document, verdicts):
     rows = document["rows"]
     parts = [
         header(document),
+        *origins(document),
         mark_table("mark (times better, geometric mean, unless named)", verdicts),
         "Wins, the planner's choice beside the best peer of each row:",
         win_table(rows),

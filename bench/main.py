@@ -96,18 +96,31 @@ def measure(args, machine, suites):
 
 
 def join(paths, machine):
-    """(one document, {task: row}) of runs that measured different suites with the same sources on the same device."""
+    """(one document, {task: row}) of runs on the same device beside the same versions; what a later file has counts.
+
+    "sources" is then by suite, if they differ.
+    """
     documents = [json.loads(path.read_text()) for path in paths]
     first = documents[0]
     for path, document in zip(paths, documents, strict=True):
-        for name in ("device", "versions", "sources"):
+        for name in ("device", "versions"):
             if document.get(name) != first.get(name):
                 raise SystemExit(f"{path} has other {name}: {document.get(name)}, not {first.get(name)}")
-    rows = {(row["suite"], row["case"]): row for document in documents for row in document["rows"]}
+    rows, origins = {}, {}  # (suite, case): row; suite: its sources
+    for path, document in zip(paths, documents, strict=True):
+        new, theirs = document.get("sources"), {(row["suite"], row["case"]): row for row in document["rows"]}
+        given = {suite: new[suite] if isinstance(new, dict) else new for suite, _ in theirs}
+        kept = [key for key in rows.keys() - theirs.keys() if given.get(key[0], origins[key[0]]) != origins[key[0]]]
+        if kept:
+            raise SystemExit(f"{path} has other sources: {given[kept[0][0]]}, and not all of suite {kept[0][0]}")
+        origins |= given
+        rows |= theirs
+    sources = next(iter(origins.values()), None) if len(set(origins.values())) < 2 else origins
     ceiling = {name: max(d["ceiling"][name] for d in documents) for name in first["ceiling"]}
     tasks = sum(machine.suites(quick=False).values(), [])
     measured = {task: rows[task.suite, task.name] for task in tasks if (task.suite, task.name) in rows}
-    return first | dict(ceiling=ceiling, rows=list(rows.values())), measured
+    document = first | dict(ceiling=ceiling, rows=list(rows.values())) | ({"sources": sources} if sources else {})
+    return document, measured
 
 
 def main():

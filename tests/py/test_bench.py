@@ -156,6 +156,25 @@ def test_results_come_back_from_their_file(tmp_path):
         join([halves[0], other], gpu)
 
 
+def test_a_suite_that_was_measured_again_counts_and_says_of_which_sources(tmp_path):
+    old, new, part = (tmp_path / f"{name}.json" for name in ("old", "new", "part"))
+    document = dict(device="a GPU", versions={}, ceiling={})
+    for path, sources, figure in ((old, "a" * 64, 1.0), (new, "b" * 64, 2.0), (part, "c" * 64, 3.0)):
+        rows = list(made_up_rows(gpu, lambda task, name, figure=figure: figure).values())
+        rows = [row for row in rows if path == old or row["suite"] == "fwd"]
+        report.write_json(path, document | dict(sources=sources, rows=rows[:1] if path == part else rows))
+    joined, measured = join([old, new], gpu)
+    assert {row["strobe"] for task, row in measured.items() if task.suite == "fwd"} == {2.0}
+    assert {row["strobe"] for task, row in measured.items() if task.suite != "fwd"} == {1.0}
+    assert joined["sources"]["fwd"] == "b" * 64 and joined["sources"]["bwd"] == "a" * 64
+    assert "fwd: bbbbbbbbbbbb" in gpu.tables(joined, [])
+    report.write_json(old, joined)
+    assert join([old, new], gpu)[0]["sources"] == joined["sources"]
+    assert join([new], gpu)[0]["sources"] == "b" * 64 and "Not all" not in gpu.tables(join([new], gpu)[0], [])
+    with pytest.raises(SystemExit, match="other sources: c*, and not all of suite fwd"):
+        join([new, part], gpu)
+
+
 def test_results_are_named_after_the_device():
     assert gpu.name("NVIDIA H200, 132 SMs, 140 GiB, driver 1.2") == "nvidia-h200"
     root = pathlib.Path(__file__).parents[2]
