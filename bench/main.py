@@ -101,13 +101,11 @@ def join(paths, machine):
     "sources" is then by suite, if they differ.
     """
     documents = [json.loads(path.read_text()) for path in paths]
-    first = documents[0]
+    first, rows, origins = documents[0], {}, {}  # rows: by (suite, case); origins: a suite's sources
     for path, document in zip(paths, documents, strict=True):
         for name in ("device", "versions"):
             if document.get(name) != first.get(name):
                 raise SystemExit(f"{path} has other {name}: {document.get(name)}, not {first.get(name)}")
-    rows, origins = {}, {}  # (suite, case): row; suite: its sources
-    for path, document in zip(paths, documents, strict=True):
         new, theirs = document.get("sources"), {(row["suite"], row["case"]): row for row in document["rows"]}
         given = {suite: new[suite] if isinstance(new, dict) else new for suite, _ in theirs}
         kept = [key for key in rows.keys() - theirs.keys() if given.get(key[0], origins[key[0]]) != origins[key[0]]]

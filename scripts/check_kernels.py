@@ -31,7 +31,7 @@ SLOW: list[tuple[str, float, str]] = [
     ),
 ]
 # (pattern of "sm_90 fwd_sm80{...}", most bytes of spills and stack, why it cannot be without)
-ALLOWED: list[tuple[str, int, str]] = [
+ALLOWED: list[tuple[str, float, str]] = [
     # 163 KiB hold no tile that is as fast: the scores of 64 x 128 leave 255 registers for two gradients of 64 each.
     (
         r"sm_80 bwd_sm80\{.*head_dim=128, .*stages_q=1, stages_do=2, .*(softcap|dropout)=1",
@@ -43,28 +43,34 @@ ALLOWED: list[tuple[str, int, str]] = [
 ]
 
 
+def title(kernel: cli.Kernel) -> str:
+    return f"sm_{kernel.arch} {kernel.name}"
+
+
+def exception(table: list[tuple[str, float, str]], kernel: cli.Kernel, rule: float) -> float:
+    """What the table allows this kernel, or what the rule allows all others."""
+    return max((most for pattern, most, _ in table if re.search(pattern, title(kernel))), default=rule)
+
+
 def problem_of(kernel: cli.Kernel) -> str | None:
-    name = f"sm_{kernel.arch} {kernel.name}"
-    allowed = max((most for pattern, most, _ in ALLOWED if re.search(pattern, name)), default=0)
+    allowed = exception(ALLOWED, kernel, 0)
     if max(kernel.spill_bytes, kernel.stack_bytes) > allowed:
-        return f"{name}: {kernel.spill_bytes} bytes of spills, {kernel.stack_bytes} of stack, allowed is {allowed}"
+        return (
+            f"{title(kernel)}: {kernel.spill_bytes} bytes of spills, {kernel.stack_bytes} of stack, "
+            f"allowed is {allowed}"
+        )
     warnings = [line for line in kernel.log.splitlines() if "warning" in line.lower()]
-    return f"{name}: {warnings[0]}" if warnings else None
+    return f"{title(kernel)}: {warnings[0]}" if warnings else None
 
 
-def longest_allowed(kernel: cli.Kernel) -> float:
-    name = f"sm_{kernel.arch} {kernel.name}"
-    return max((seconds for pattern, seconds, _ in SLOW if re.search(pattern, name)), default=MAX_SECONDS)
-
-
-def compile_again(kernel: cli.Kernel, calls: list[str], keep: Path, library: ctypes.CDLL) -> float:
-    """The least seconds of some more tries, while nothing else is compiled here."""
+def compile_again(kernel: cli.Kernel, allowed: float, calls: list[str], keep: Path, library: ctypes.CDLL) -> float:
+    """The least seconds of some more tries, until they are allowed, while nothing else is compiled here."""
     least = kernel.seconds
     # The folder has every kernel by now: this only asks which call needs this one.
     asks = (c for c in calls if kernel.file in {k.file for k in cli.compile_call(library, c, kernel.arch, keep)})
     call = next(asks)
     for _ in range(TRIES - 1):
-        if least <= longest_allowed(kernel):
+        if least <= allowed:
             break
         with tempfile.TemporaryDirectory() as folder:
             again = cli.compile_call(library, call, kernel.arch, Path(folder))
@@ -105,13 +111,13 @@ def main() -> int:
         problem = problem_of(kernel)
         if problem:
             problems.append(problem)
-        elif kernel.seconds > longest_allowed(kernel):
+        elif kernel.seconds > exception(SLOW, kernel, MAX_SECONDS):
             slow.append(kernel)
         else:
             marker(Path(kernel.file)).touch()
         if options.verbose:
             print(
-                f"sm_{kernel.arch} {kernel.name}: {kernel.registers} registers, {kernel.spill_bytes} spilled, "
+                f"{title(kernel)}: {kernel.registers} registers, {kernel.spill_bytes} spilled, "
                 f"{kernel.stack_bytes} stack, {kernel.smem_bytes} smem, {kernel.seconds:.2f} s",
                 flush=True,
             )
@@ -121,10 +127,10 @@ def main() -> int:
     problems += cli.compile_list(options.list, options.arch, options.keep, compiler, options.jobs, report)
     calls = list(cli.calls_of(json.loads(options.list.read_text())))
     for kernel in slow:
-        seconds = compile_again(kernel, calls, options.keep, compiler)
-        if seconds > longest_allowed(kernel):
-            allowed = longest_allowed(kernel)
-            problems.append(f"sm_{kernel.arch} {kernel.name}: {seconds:.2f} s to compile, allowed is {allowed}")
+        allowed = exception(SLOW, kernel, MAX_SECONDS)
+        seconds = compile_again(kernel, allowed, calls, options.keep, compiler)
+        if seconds > allowed:
+            problems.append(f"{title(kernel)}: {seconds:.2f} s to compile, allowed is {allowed}")
         else:
             marker(Path(kernel.file)).touch()
     seen = {Path(kernel.file) for kernel in kernels}
@@ -137,7 +143,7 @@ def main() -> int:
     print(
         f"{len(kernels)} kernels, {sum(not kernel.cached for kernel in kernels)} of them compiled now, {len(problems)} "
         f"problems; {len(slow)} compiled again for their time"
-        + (f"; the slowest: {longest.seconds:.1f} s, sm_{longest.arch} {longest.name}" if longest else "")
+        + (f"; the slowest: {longest.seconds:.1f} s, {title(longest)}" if longest else "")
     )
     return bool(problems) or not kernels
 

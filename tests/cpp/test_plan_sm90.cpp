@@ -1,6 +1,7 @@
 // Plans of the engine sm90, without a GPU: which calls it takes, that what is launched fits the device, and that the
 // parameter block, the tensor maps and the workspace agree.
 #include <cstdio>
+#include <iterator>
 #include <string>
 
 #include "core/launch_sm90.h"
@@ -62,7 +63,8 @@ FwdSm90Config config_of(const Plan& plan) {
   FwdSm90Config c;
   i32* const values[] = {&c.dtype,    &c.head_dim, &c.head_dim_v, &c.block_m, &c.block_n, &c.stages, &c.stages_q,
                          &c.pingpong, &c.packed,   &c.paged,      &c.split,   &c.pack,    &c.softcap};
-  for (int i = 0; i < 13; ++i) *values[i] = plan.launches[0].kernel.values[i];
+  for (size_t i = 0; i < std::size(values); ++i) *values[i] = plan.launches[0].kernel.values[i];
+  static_assert(sizeof c == sizeof(i32) * std::size(values));  // every field is there
   return c;
 }
 

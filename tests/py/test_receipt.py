@@ -7,7 +7,6 @@ import sys
 import pytest
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "scripts"))
-import gpu_workers
 import receipt
 
 
@@ -47,12 +46,3 @@ def test_a_part_of_other_sources_or_with_failures_is_refused(files, changes, why
     with pytest.raises(SystemExit, match=why):
         receipt.merge(path, part)
     assert path.read_text() == before
-
-
-@pytest.mark.parametrize("processors", [1, 4, 16, 32, 256])
-@pytest.mark.parametrize("free_gib", [8, 24, 80, 139])
-def test_processes_of_the_gpu_suite_fit_into_its_memory(processors, free_gib):
-    found = gpu_workers.workers(processors, free_gib * 1024)
-    assert 2 <= found <= max(2, processors - 1)
-    assert max(1, found - 6) * 5.5 <= max(free_gib / 2, 5.5)
-    assert gpu_workers.workers(16, 139 * 1024) == 15  # every processor, where there is room
