@@ -61,7 +61,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
     ptx::pin(out);
     ptx::pin(probabilities);
     ptx::wgmma_fence();
-    issue_output<kType>(out, probabilities, shared.v(v_ring.stage));
+    issue_output<kType, kKeys>(out, probabilities, shared.v(v_ring.stage));
     ptx::wgmma_commit();
   };
   const auto finish_last = [&] {
@@ -93,10 +93,10 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
     i32 left = head.tiles;
     bool begun = false;  // whether there is a tile before
 
-    const auto score = [&](Scores& s, i32 tile, auto masked) {
+    const auto score = [&](auto& s, i32 tile, auto masked) {
       if constexpr (!kPlain) apply_score<true, false>(s, p.scale, p.softcap, [](int) { return RowBias{}; });
       if constexpr (masked.value)
-        apply_mask(s, tile * kKeys, [&](int r) { return shared.bounds()[row0 + Scores::row(r)]; });
+        apply_mask(s, tile * kKeys, [&](int r) { return shared.bounds()[row0 + Fragment<16, 8>::row(r)]; });
     };
     // Each warp finds the bounds of its own rows, under a multiplication.
     const auto find_bounds = [&] {
@@ -114,7 +114,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
         v_wait();
         turn_wait();
         issue_last();
-        issue_scores<kType, kDepth>(s, q, shared.k(k_ring.stage));
+        issue_scores<kType, kDepth, kKeys>(s, q, shared.k(k_ring.stage));
         ptx::wgmma_commit();
         turn_pass();
         finish_state<C>(scale, softmax, launch, shared.work(item - 1), row0);
@@ -130,7 +130,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       } else {
         turn_wait();
         ptx::wgmma_fence();
-        issue_scores<kType, kDepth>(s, q, shared.k(k_ring.stage));
+        issue_scores<kType, kDepth, kKeys>(s, q, shared.k(k_ring.stage));
         ptx::wgmma_commit();
         turn_pass();
         find_bounds();
@@ -167,10 +167,10 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       ptx::pin(out);
       ptx::pin(probabilities);
       ptx::wgmma_fence();
-      issue_scores<kType, kDepth>(s, q, shared.k(k_ring.stage));
+      issue_scores<kType, kDepth, kKeys>(s, q, shared.k(k_ring.stage));
       ptx::wgmma_commit();
       v_wait();
-      issue_output<kType>(out, probabilities, shared.v(v_ring.stage));
+      issue_output<kType, kKeys>(out, probabilities, shared.v(v_ring.stage));
       ptx::wgmma_commit();
       turn_pass();
       ptx::wgmma_wait<1>();
@@ -190,6 +190,31 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       v_release();
       probabilities = to_operand<kType>(s);
       if (moves) softmax.rescale(out);
+    };
+    // Kept tokens alone, few of them: their scores with the tile before by V, then they by theirs.
+    const auto kept_step = [&] {
+      Fragment<16, kKeptKeys> s;
+      v_wait();
+      turn_wait();
+      issue_last();
+      issue_scores<kType, kDepth, kKeys>(s, q, shared.k(k_ring.stage));
+      ptx::wgmma_commit();
+      turn_pass();
+      finish_last();
+      ptx::pin(s);
+      k_release();
+      score(s, 0, Int<1>{});
+      if (softmax.update(s, log2_scale)) softmax.rescale(out);
+      Operand<16, kKeptKeys> kept = to_operand<kType>(s);
+      v_wait();
+      ptx::pin(out);
+      ptx::pin(kept);
+      ptx::wgmma_fence();
+      issue_output<kType, kKeys>(out, kept, shared.v(v_ring.stage));
+      ptx::wgmma_commit();
+      finish_last();
+      --left;
+      begun = false;
     };
     // Tiles that none of this warpgroup's rows sees, but others' do: freed, with their turn.
     const auto skip = [&](i32 count) {
@@ -231,6 +256,10 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
         }
         skip(tile - seen_end);
         tile = seen_end;
+      }
+      if (kSkips && r == 0 && begun && (head.start & kKeptAlone)) {
+        kept_step();
+        break;
       }
       const i32 full_begin = max(run.full_begin, seen_begin), full_end = max(run.full_end, seen_begin);
       if (kSkips ? !begun && tile > seen_begin : tile == first_tile + 1 && tile > seen_begin) {

@@ -65,6 +65,9 @@ struct Sm90Place {
 // Tiles before an item's end at which the next item is taken.
 constexpr i32 kTilesAhead = 2;
 
+// Items with so many tiles compute kept tokens as any others.
+constexpr i64 kFewTiles = 8;
+
 // Takes the scheduler's tile apart into the work item's slot. In steps through shared memory, since the producer has
 // few registers: a SeqInfo and a Walk at once would not fit.
 template <FwdSm90Config C>
@@ -112,6 +115,11 @@ __device__ __forceinline__ void prepare(const FwdSm90Launch& launch, Sm90Schedul
       end = i32(run.end);
       start = (start & 2) | r | (run.full_begin > run.begin || run.full_end < run.end ? 2 : 0);
     }
+    // A short item loses more where its end no longer joins the next one's start.
+    const Run kept = walk.run[0];
+    if (kept.begin == 0 && kept.end == 1 && walk.run[1].begin > 1 && work.mask.keep_first <= kKeptKeys &&
+        walk.tiles() > kFewTiles)
+      start |= kKeptAlone;
     // Only a sequence's last tile reaches beyond its keys. What follows them there is another sequence's, or unused
     // memory: the tensor map makes zeros only of what lies outside of the tensor.
     const i32 keys = i32(work.mask.seqlen_k), in_tile = keys - (end - 1) * C.block_n;
@@ -169,7 +177,7 @@ __device__ __forceinline__ void publish(const FwdSm90Launch& launch, const Sm90S
 template <FwdSm90Config C>
 __device__ __forceinline__ void scout(const FwdSm90Launch& launch, const Sm90Shared<C>& shared) {
   Sm90Scheduler<C> scheduler;
-  scheduler.start();
+  scheduler.start(launch);
 #pragma unroll 1
   for (u32 item = 0;; ++item) {
     publish(launch, shared, scheduler, item);
@@ -191,7 +199,7 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
     ptx::prefetch_tensormap(launch.v);
   }
   Sm90Scheduler<C> scheduler;
-  scheduler.start();
+  scheduler.start(launch);
   Sm90Ring<C.stages> k_ring, v_ring;
   Sm90Ring<C.stages_q> q_ring;
   q_ring.parity = k_ring.parity = v_ring.parity = 1;  // every stage is free

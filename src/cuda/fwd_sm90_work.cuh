@@ -1,5 +1,5 @@
-// Which rows, heads and keys a thread block of fwd_sm90 works on next. Only the producer warp asks; it tells the
-// consumers through shared memory.
+// Which rows, heads and keys a thread block of fwd_sm90 works on next. One warp asks, the scout or the first producing
+// warp, and tells the others through shared memory.
 #pragma once
 
 #include "core/config_sm90.h"
@@ -21,17 +21,23 @@ struct Sm90Tile {
   i32 batch, group, m_block, split;  // batch < 0: there are no more tiles
 };
 
+constexpr i32 kMaxInt = 0x7fffffff;
+constexpr i32 kShortKeys = 256;  // sequences with fewer keys cost what starting a tile costs
+
 // Deals out tiles, in rising order, to the blocks of a persistent grid.
 template <FwdSm90Config C>
 struct Sm90Scheduler {
-  u32 number;              // the tile to work on
-  i32 first_batch, dealt;  // packed: sequences from first_batch on begin at tile `dealt`
+  u32 number;  // the tile to work on
+  i32 first_batch,
+      dealt;        // packed: of the sequences that are dealt out now, those from first_batch on begin at `dealt`
+  i32 least, most;  // packed: these have more than `least` keys, and not more than `most`
 
-  __device__ __forceinline__ void start() {
+  __device__ __forceinline__ void start(const FwdSm90Launch& launch) {
     first_batch = dealt = 0;
+    least = launch.long_keys, most = kMaxInt;
     number = blockIdx.x - gridDim.x;
   }
-  // Called when the last tile's loads are issued: a block that is still busy must not take another one.
+  // Called when the last tiles wait for their stages: a block that is still busy must not take another one.
   __device__ __forceinline__ void fetch(const FwdSm90Launch& launch) {
     if (launch.counter) {
       u32 n = 0;
@@ -62,15 +68,22 @@ struct Sm90Scheduler {
     }
   }
 
-  // Lanes look at 32 sequences at a time. Within a sequence the last row blocks of all heads come first.
+  // Lanes look at 32 sequences at a time. Those with the most keys come first, in classes that are a factor of 4 apart:
+  // the short ones fill the end, when not every block finds work. Within a sequence the last row blocks come first.
   __device__ __forceinline__ Sm90Tile packed_tile(const FwdSm90Launch& launch) {
     const i32 batches = i32(launch.p.batch), per_block = launch.groups * (C.split ? launch.splits : 1);
-    for (; first_batch < batches; first_batch += 32) {
+    for (;;) {
+      if (first_batch >= batches) {
+        if (least < 0) return {-1, 0, 0, 0};
+        most = least, least = least > kShortKeys ? least / 4 : -1;
+        first_batch = 0;
+      }
       const i32 b = first_batch + lane_id();
       i32 blocks = 0;
       if (b < batches) {
-        const i32 rows = i32(SeqInfo::of(launch.p, b).rows_q) * (C.pack ? i32(launch.group.divisor) : 1);
-        blocks = (rows + C.block_m - 1) / C.block_m;
+        const SeqInfo seq = SeqInfo::of(launch.p, b);
+        const i32 rows = i32(seq.rows_q) * (C.pack ? i32(launch.group.divisor) : 1), keys = i32(seq.seqlen_k);
+        if (keys > least && keys <= most) blocks = (rows + C.block_m - 1) / C.block_m;
       }
       i32 end = blocks * per_block;
 #pragma unroll
@@ -82,6 +95,7 @@ struct Sm90Scheduler {
       const u32 beyond = __ballot_sync(0xffffffffu, end > wanted);
       if (beyond == 0) {
         dealt += __shfl_sync(0xffffffffu, end, 31);
+        first_batch += 32;
         continue;
       }
       const int lane = __ffs(int(beyond)) - 1;
@@ -95,9 +109,12 @@ struct Sm90Scheduler {
       const u32 row = rest / u32(launch.groups);
       return {first_batch + lane, i32(rest - row * u32(launch.groups)), m_blocks - 1 - i32(row), split};
     }
-    return {-1, 0, 0, 0};
   }
 };
+
+// So many kept tokens have a step of their own, where no row's window reaches their tile.
+constexpr int kKeptKeys = 16;
+constexpr i32 kKeptAlone = 1 << 8;
 
 // What the consumers need to know of a work item. What they read first lies together: it stands between an item's end
 // and the next one's start.
@@ -106,7 +123,8 @@ struct Sm90Work {
     i32 first_row;  // packed rows: token * group + head within the group; -1: there is no more work
     i32 tiles;      // of the walk
     i32 stale;      // rows of V in the first tile that must not be read begin here
-    i32 start;      // bit 0: the run of the first tile; 1: some tile is masked; 2 + w: warpgroup w sees the first tile
+    i32 start;      // bit 0: the run of the first tile; 1: some tile is masked; 2 + w: warpgroup w sees the first tile;
+                    // kKeptAlone: of the run of kept tokens, the first kKeptKeys keys are all that is seen
   } head;
   struct alignas(16) {
     i32 begin, full_begin, full_end, end;

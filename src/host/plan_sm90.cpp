@@ -10,6 +10,8 @@ namespace strobe::host {
 namespace {
 
 constexpr i64 kWarpgroupRows = 64;
+constexpr i64 kPackWholeTokens = 2048;   // longer queries fill their tiles without packing, if nothing is masked
+constexpr i64 kMostRows = i64(1) << 30;  // the kernel counts them in 32 bits
 
 // Whether tensor copies can read a tensor with these sizes: they take strides that are multiples of 16 bytes.
 bool copyable(const Rows& rows, i64 count, i64 heads, i64 batches) {
@@ -32,11 +34,12 @@ KeyRows key_rows(const AttnParams& p) {
 bool masked(const AttnParams& p) { return p.causal || p.window_left >= 0 || p.window_right >= 0; }
 bool ragged(const AttnParams& p) { return p.cu_seqlens_q || p.cu_seqlens_k || p.seqused_q || p.seqused_k; }
 
-Masking masking_of(const AttnParams& p) {
+// Keys in reach of the rows of a warpgroup, of which `group` are a token each.
+i64 span_of(const AttnParams& p, i64 group) {
+  if (!masked(p) && !ragged(p)) return kEveryKey;
   const i64 right = p.causal ? 0 : p.window_right;
-  const bool window = p.window_left >= 0 && right >= 0 && !p.full_from;
-  if (window && p.window_left < kNarrowKeys && p.window_left + right < kNarrowKeys) return kNarrowWindow;
-  return masked(p) || ragged(p) ? kSomeKeys : kEveryKey;
+  if (p.window_left < 0 || right < 0 || p.full_from) return kSomeKeys;
+  return min(p.window_left, kSomeKeys / 4) + min(right, kSomeKeys / 4) + kWarpgroupRows / group;
 }
 
 struct Shape {
@@ -56,11 +59,13 @@ Shape shape_of(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune*
   c.softcap = p.softcap != 0.f;
   // A packed tile's queries are one box of (heads, tokens): both are powers of 2.
   s.group = std::gcd(heads_in_common(p), kWarpgroupRows);
-  if (p.seqlen_q > kPackTokens) s.group = 1;
+  // Where rows see different keys, packed ones, which are of fewer tokens, have fewer tiles to compute and to mask.
+  const bool packs = p.seqlen_q <= kPackWholeTokens || masked(p) || ragged(p);
+  if (!packs || p.seqlen_q * s.group > kMostRows) s.group = 1;
   c.pack = s.group > 1;
   const i64 rows = p.seqlen_q * s.group;
   s.fits = tile ? set_tile(c, *tile, device.smem_per_block)
-                : tune_forward_sm90(c, rows, masking_of(p), device.smem_per_block);
+                : tune_forward_sm90(c, rows, span_of(p, s.group), device.smem_per_block);
   if (!s.fits) return s;
   s.m_blocks = ceil_div<i64>(rows, c.block_m);
   const i64 groups = p.num_heads / s.group;
@@ -75,13 +80,23 @@ i64 splits_of(const Shape& s, const DeviceInfo& device) {
   return choose_splits(s.blocks, s.key_tiles * s.config.block_n / kFewestKeys, device.sm_count);
 }
 
-// Groups of heads whose row blocks are dealt out together: as many as share the L2 cache with their K and V, the same
-// number in each section.
+// Groups of heads whose row blocks are dealt out together: about as many as share the L2 cache with their K and V. The
+// last section must not be much smaller than the others: its few heads would not fill the GPU to the end.
 i64 section_of(const AttnParams& p, const Shape& s, const DeviceInfo& device) {
   const i64 all = p.batch * (p.num_heads / s.group), sharing = p.num_heads / p.num_heads_k / s.group;
   const i64 bytes = max<i64>(1, p.seqlen_k * (p.head_dim + p.head_dim_v) * 2);
   const i64 fit = max<i64>(1, device.l2_bytes * 7 / 10 / bytes) * max<i64>(1, sharing);
-  return ceil_div(all, ceil_div(all, fit));
+  const auto last = [&](i64 section) { return all - (ceil_div(all, section) - 1) * section; };
+  i64 section = min(all, fit * 4 / 3);
+  while (section > fit / 2 + 1 && last(section) * 4 < section * 3) --section;
+  return section;
+}
+
+// Sequences with more keys than this are dealt out first. Every block looks at all of them once for each class of
+// lengths, which many sequences would not repay: they fill the end of the work anyway.
+i64 long_keys(const AttnParams& p) {
+  constexpr i64 kManySequences = 512;
+  return p.batch <= kManySequences ? p.seqlen_k / 2 : -1;
 }
 
 // Dimensions of size 1 may have any stride: the driver wants one that it would take.
@@ -196,6 +211,7 @@ void fill_forward_sm90(const AttnParams& p, const Plan& plan, void* workspace, L
   forward.section = i32(section);
   forward.groups = i32(groups);
   forward.tiles = i32(plan.values[kTiles]);
+  forward.long_keys = c.packed ? i32(long_keys(p)) : -1;
   forward.rows_k = i32(keys.rows);
 
   const i64 q_rows = p.cu_seqlens_q ? p.total_q : p.seqlen_q, q_batches = p.cu_seqlens_q ? 1 : p.batch;

@@ -225,7 +225,7 @@ int passed = 0, failed = 0;
 
 template <FwdSm90Config C>
 void run(int problems, unsigned seed) {
-  constexpr FwdSm90Tune kTile = {kAnyRows, 256, 256, 1, C.block_m, C.block_n, C.stages, C.pingpong, C.stages_q};
+  constexpr FwdSm90Tune kTile = {kAnyRows, 256, 256, kSomeKeys, C.block_m, C.block_n, C.stages, C.pingpong, C.stages_q};
   for (int n = 0; n < problems; ++n) {
     rng.seed(seed * 1000 + unsigned(n));
     Problem problem;
@@ -289,6 +289,8 @@ int main(int count, char** arguments) {
   run<FwdSm90Config{3, 64, 64, 128, 32, 2, 1, 1}>(problems, 13);
   run<FwdSm90Config{3, 64, 64, 192, 64, 3, 2, 0}>(problems, 14);
   run<FwdSm90Config{3, 64, 64, 192, 48, 2, 1, 1, 1}>(problems, 15);
+  run<FwdSm90Config{3, 64, 64, 192, 32, 3, 2, 0, 0, 0, 0, 1}>(problems, 16);
+  run<FwdSm90Config{3, 72, 64, 192, 48, 2, 1, 1, 1, 0, 0, 1}>(problems, 17);
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;
 }

@@ -96,6 +96,11 @@ void check(const AttnParams& p, const std::string& call) {
     const i64 tiles = p.batch * forward->groups * forward->m_blocks * plan.num_splits;
     expect(forward->tiles == tiles, "every tile is dealt out", call);
     expect(forward->section >= 1 && i64(l.grid[0]) <= tiles, "sections and grid", call);
+    const i64 all = p.batch * forward->groups, last = (all - 1) % forward->section + 1;
+    expect(!forward->counter || all < 8 || last * 2 >= forward->section, "the last section is no remnant", call);
+    expect(forward->long_keys == -1, "fixed lengths have no classes", call);
+  } else {
+    expect(forward->long_keys < p.seqlen_k, "the longest sequence has a class", call);
   }
   expect((forward->counter != nullptr) == (plan.zero_bytes > 0), "a counter is cleared before the kernel", call);
   expect(!forward->counter || (blocks.zero == forward->counter && plan.zero_bytes >= i64(sizeof(u32))),
@@ -137,8 +142,35 @@ void test_every_shape() {
     p.page_table = p.seqused_k = reinterpret_cast<const i32*>(memory);
     check(p, "pages of " + std::to_string(page));
   }
+  for (i64 heads : {1, 3, 16, 17, 64}) {
+    for (i64 length : {300, 2049, 16384}) {
+      AttnParams p = dense(1, length, length, heads * 4, heads, 192, 128);
+      p.causal = true;
+      check(p, "shared heads " + std::to_string(heads) + " length " + std::to_string(length));
+      pack_sequences(p, length * 3);
+      check(p, "packed sequences, shared heads " + std::to_string(heads) + " length " + std::to_string(length));
+      p = dense(1, length, length, heads, heads, 64, 64);
+      p.window_left = length / 2;
+      check(p, "windows, heads " + std::to_string(heads) + " length " + std::to_string(length));
+    }
+  }
   check(dense(1, 1, 1, 1, 1, 8, 8), "one pair");
   check(dense(1, 16384, 16384, 16, 16, 128, 128), "one long sequence");
+}
+
+// Heads that share keys share tiles where that saves keys, or rows.
+void test_packing() {
+  const auto group_of = [](i64 length, i64 left, bool causal) {
+    AttnParams p = dense(1, length, length, 32, 4, 128, 128);
+    p.window_left = left, p.causal = causal;
+    const Plan plan = plan_forward_sm90(p, typical_device(90));
+    expect(plan.values[kRowBlocks] * config_of(plan).block_m >= length * plan.values[kGroup], "rows", "packed");
+    return plan.values[kGroup];
+  };
+  expect(group_of(16384, -1, true) == 8, "causal", "packing");
+  expect(group_of(16384, 1000, false) == 8, "window", "packing");
+  expect(group_of(1024, -1, false) == 8, "short", "packing");
+  expect(group_of(16384, -1, false) == 1, "long, and nothing is masked", "packing");
 }
 
 // The engine's own tiles fit every pair of dims that the table says they serve.
@@ -258,6 +290,7 @@ int main() {
   test_append();
   test_splits();
   test_every_shape();
+  test_packing();
   test_tiles();
   test_refusals();
   test_choice();
