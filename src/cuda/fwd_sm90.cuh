@@ -61,7 +61,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
     ptx::pin(out);
     ptx::pin(probabilities);
     ptx::wgmma_fence();
-    issue_output<kType, kKeys>(out, probabilities, shared.v(v_ring.stage));
+    issue_output<kType>(out, probabilities, shared.v(v_ring.stage));
     ptx::wgmma_commit();
   };
   const auto finish_last = [&] {
@@ -170,7 +170,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       issue_scores<kType, kDepth, kKeys>(s, q, shared.k(k_ring.stage));
       ptx::wgmma_commit();
       v_wait();
-      issue_output<kType, kKeys>(out, probabilities, shared.v(v_ring.stage));
+      issue_output<kType>(out, probabilities, shared.v(v_ring.stage));
       ptx::wgmma_commit();
       turn_pass();
       ptx::wgmma_wait<1>();
@@ -191,7 +191,8 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       probabilities = to_operand<kType>(s);
       if (moves) softmax.rescale(out);
     };
-    // Kept tokens alone, few of them: their scores with the tile before by V, then they by theirs.
+    // A few kept tokens alone: their scores with the tile before by V. As any item's last tile they are left to be
+    // multiplied by V, the rest of their tile by probabilities of 0.
     const auto kept_step = [&] {
       Fragment<16, kKeptKeys> s;
       v_wait();
@@ -205,16 +206,11 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       k_release();
       score(s, 0, Int<1>{});
       if (softmax.update(s, log2_scale)) softmax.rescale(out);
-      Operand<16, kKeptKeys> kept = to_operand<kType>(s);
-      v_wait();
-      ptx::pin(out);
-      ptx::pin(kept);
-      ptx::wgmma_fence();
-      issue_output<kType, kKeys>(out, kept, shared.v(v_ring.stage));
-      ptx::wgmma_commit();
-      finish_last();
+      const Operand<16, kKeptKeys> kept = to_operand<kType>(s);
+      probabilities = {};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) probabilities.x[0][0][i] = kept.x[0][0][i];
       --left;
-      begun = false;
     };
     // Tiles that none of this warpgroup's rows sees, but others' do: freed, with their turn.
     const auto skip = [&](i32 count) {

@@ -65,8 +65,17 @@ struct Sm90Place {
 // Tiles before an item's end at which the next item is taken.
 constexpr i32 kTilesAhead = 2;
 
-// Items with so many tiles compute kept tokens as any others.
-constexpr i64 kFewTiles = 8;
+// Keys by which the tiles of a window begin earlier than multiples of block_n, so that the last one ends where the rows
+// `first` to `last` see no further: on the average nearly a tile less. The window's keys are counted from there, too:
+// it is the window of a sequence that is longer by as much. Kept tokens have tiles of their own, and count from 0.
+__device__ __forceinline__ i32 window_shift(const Mask& mask, i32 first, i32 last, i32 block_n) {
+  last = min(last, i32(mask.seqlen_q) - 1);
+  const i64 kept_end = ceil_div<i64>(mask.keep_first, block_n) * block_n;
+  // No tile of the window may begin before the kept ones' end, nor before the sequence.
+  if (last < first || last >= mask.full_from || first + mask.off() - mask.left < kept_end + block_n) return 0;
+  const u32 beyond = u32(mask.row_end(last)) % u32(block_n);
+  return beyond ? block_n - i32(beyond) : 0;
+}
 
 // Takes the scheduler's tile apart into the work item's slot. In steps through shared memory, since the producer has
 // few registers: a SeqInfo and a Walk at once would not fit.
@@ -100,6 +109,10 @@ __device__ __forceinline__ void prepare(const FwdSm90Launch& launch, Sm90Schedul
   }
   __syncwarp();
   if (lane_id() == 0 && tile.batch >= 0) {
+    const i32 shift =
+        C.paged ? 0 : window_shift(work.mask, first_token, token_of(first_row + C.block_m - 1), C.block_n);
+    work.shift = shift;
+    work.mask.seqlen_k += shift;
     Walk walk = work.mask.visit(first_token, token_of(first_row + C.block_m - 1) + 1, C.block_n);
     if constexpr (C.split != 0) {
       const i64 share = max<i64>(1, ceil_div<i64>(walk.tiles(), launch.splits));
@@ -115,15 +128,13 @@ __device__ __forceinline__ void prepare(const FwdSm90Launch& launch, Sm90Schedul
       end = i32(run.end);
       start = (start & 2) | r | (run.full_begin > run.begin || run.full_end < run.end ? 2 : 0);
     }
-    // A short item loses more where its end no longer joins the next one's start.
     const Run kept = walk.run[0];
-    if (kept.begin == 0 && kept.end == 1 && walk.run[1].begin > 1 && work.mask.keep_first <= kKeptKeys &&
-        walk.tiles() > kFewTiles)
+    if (kept.begin == 0 && kept.end == 1 && walk.run[1].begin > 1 && work.mask.keep_first <= kKeptKeys)
       start |= kKeptAlone;
     // Only a sequence's last tile reaches beyond its keys. What follows them there is another sequence's, or unused
     // memory: the tensor map makes zeros only of what lies outside of the tensor.
     const i32 keys = i32(work.mask.seqlen_k), in_tile = keys - (end - 1) * C.block_n;
-    const bool more = C.paged != 0 || work.k_row + keys < launch.rows_k;
+    const bool more = C.paged != 0 || work.k_row + keys - shift < launch.rows_k;
     work.head.stale = more && in_tile < C.block_n ? in_tile : C.block_n;
     work.head.start = start;
   }
@@ -221,7 +232,8 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
     // Looked up before a stage is waited for: a read of the page table takes long.
     const auto place_of = [&](i32 key_tile) -> Sm90Place {
       if constexpr (C.paged == 0) {
-        return {work.k_row + key_tile * C.block_n, work.k_batch};
+        const i32 shift = key_tile >= work.run[0].end ? work.shift : 0;
+        return {work.k_row + key_tile * C.block_n - shift, work.k_batch};
       } else {
         if (!kCopies || box >= kBoxes) return {};
         const i32* const pages = p.page_table + work.batch * p.page_table_stride;

@@ -132,9 +132,10 @@ struct Sm90Work {
   struct alignas(8) {
     i32 begin, end;
   } seen[3][2];  // of each warpgroup and run: the tiles that its rows see
-  Mask mask;     // for the bounds of the rows
+  Mask mask;     // for the bounds of the rows; seqlen_k counts the shift
   i64 out, lse;  // offsets of the first row and head; split: of its row in the partial results
   i32 rows_q;    // rows that exist
+  i32 shift;     // keys by which tiles of run[1] begin before multiples of block_n; in them keys count from there
   i32 head_q;    // the first of the group
   i32 batch, head_k, head_v;
   i32 q_batch, q_row, k_batch, k_row;  // where the item's queries and the sequence's keys begin

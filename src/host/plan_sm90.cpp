@@ -10,7 +10,7 @@ namespace strobe::host {
 namespace {
 
 constexpr i64 kWarpgroupRows = 64;
-constexpr i64 kPackWholeTokens = 2048;   // longer queries fill their tiles without packing, if nothing is masked
+constexpr i64 kPackWholeTokens = 4096;   // longer queries fill their tiles without packing, if nothing is masked
 constexpr i64 kMostRows = i64(1) << 30;  // the kernel counts them in 32 bits
 
 // Whether tensor copies can read a tensor with these sizes: they take strides that are multiples of 16 bytes.
@@ -34,12 +34,12 @@ KeyRows key_rows(const AttnParams& p) {
 bool masked(const AttnParams& p) { return p.causal || p.window_left >= 0 || p.window_right >= 0; }
 bool ragged(const AttnParams& p) { return p.cu_seqlens_q || p.cu_seqlens_k || p.seqused_q || p.seqused_k; }
 
-// Keys in reach of the rows of a warpgroup, of which `group` are a token each.
-i64 span_of(const AttnParams& p, i64 group) {
-  if (!masked(p) && !ragged(p)) return kEveryKey;
-  const i64 right = p.causal ? 0 : p.window_right;
-  if (p.window_left < 0 || right < 0 || p.full_from) return kSomeKeys;
-  return min(p.window_left, kSomeKeys / 4) + min(right, kSomeKeys / 4) + kWarpgroupRows / group;
+// `group` rows are a token each.
+Sight sight_of(const AttnParams& p, i64 group) {
+  const i64 right = p.causal ? 0 : p.window_right, tokens = kWarpgroupRows / group;
+  if (!masked(p) && !ragged(p)) return {kEveryKey, 0, tokens};
+  const bool window = p.window_left >= 0 && p.window_left < p.seqlen_k - 1 && right >= 0 && !p.full_from;
+  return window ? Sight{kWindow, p.window_left + min(right, p.seqlen_k) + 1, tokens} : Sight{kSomeKeys, 0, tokens};
 }
 
 struct Shape {
@@ -65,7 +65,7 @@ Shape shape_of(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune*
   c.pack = s.group > 1;
   const i64 rows = p.seqlen_q * s.group;
   s.fits = tile ? set_tile(c, *tile, device.smem_per_block)
-                : tune_forward_sm90(c, rows, span_of(p, s.group), device.smem_per_block);
+                : tune_forward_sm90(c, rows, sight_of(p, s.group), device.smem_per_block);
   if (!s.fits) return s;
   s.m_blocks = ceil_div<i64>(rows, c.block_m);
   const i64 groups = p.num_heads / s.group;
@@ -80,14 +80,14 @@ i64 splits_of(const Shape& s, const DeviceInfo& device) {
   return choose_splits(s.blocks, s.key_tiles * s.config.block_n / kFewestKeys, device.sm_count);
 }
 
-// Groups of heads whose row blocks are dealt out together: about as many as share the L2 cache with their K and V. The
+// Groups of heads whose row blocks are dealt out together: as many as share the L2 cache with their K and V. The
 // last section must not be much smaller than the others: its few heads would not fill the GPU to the end.
 i64 section_of(const AttnParams& p, const Shape& s, const DeviceInfo& device) {
   const i64 all = p.batch * (p.num_heads / s.group), sharing = p.num_heads / p.num_heads_k / s.group;
   const i64 bytes = max<i64>(1, p.seqlen_k * (p.head_dim + p.head_dim_v) * 2);
   const i64 fit = max<i64>(1, device.l2_bytes * 7 / 10 / bytes) * max<i64>(1, sharing);
   const auto last = [&](i64 section) { return all - (ceil_div(all, section) - 1) * section; };
-  i64 section = min(all, fit * 4 / 3);
+  i64 section = min(all, fit);
   while (section > fit / 2 + 1 && last(section) * 4 < section * 3) --section;
   return section;
 }

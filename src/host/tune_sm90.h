@@ -1,5 +1,5 @@
-// Which tiles of the Hopper forward exist, per head dims: the first row that fits is taken. A row may change speed,
-// never results.
+// Which tiles of the Hopper forward exist, per head dims: the first row that fits is taken, and for windows the best. A
+// row may change speed, never results.
 #pragma once
 
 #include <numeric>
@@ -8,14 +8,20 @@
 
 namespace strobe::host {
 
-// How many keys a warpgroup's rows see: those of a window and as many as there are tokens; or different ones without
-// such a bound; or all of them the same ones.
-constexpr i64 kSomeKeys = i64(1) << 30, kEveryKey = kSomeKeys + 1;
+// Which keys rows see: all of them the same ones, different ones, or those of a window.
+enum Masking { kEveryKey, kSomeKeys, kWindow };
+
+// What a warpgroup's rows see.
+struct Sight {
+  Masking masking;
+  i64 window;  // kWindow: keys of a row
+  i64 tokens;  // that the 64 rows belong to
+};
 
 struct FwdSm90Tune {
   int max_rows;            // query rows (packed with heads), where there are few
   int max_dim, max_dim_v;  // head_dim and head_dim_v, rounded up to 16
-  i64 max_span;            // for spans up to this one, or for kEveryKey alone; kSomeKeys: for all
+  int masking;             // for kEveryKey or kWindow alone, or (kSomeKeys) for all
   int block_m, block_n, stages, pingpong;
   int stages_q;
 };
@@ -30,12 +36,15 @@ constexpr FwdSm90Tune kFwdSm90Tune[] = {
     {64, 128, 128, kSomeKeys,  64,  64, 2, 0, 1},
     {64, 192, 192, kSomeKeys,  64,  48, 2, 0, 1},
     {64, 256, 256, kSomeKeys,  64,  32, 2, 0, 1},
-    // Windows: more of a wide tile would lie outside of them. Turns cost more than they bring beside few tiles.
-    {kAnyRows,  64,  64,  160, 192,  48, 3, 0, 2},
-    {kAnyRows,  64,  64,  384, 192,  64, 3, 0, 2},
-    {kAnyRows,  64,  64,  768, 192,  96, 3, 1, 2},
-    {kAnyRows, 128, 128,  160, 192,  48, 4, 1, 2},
-    {kAnyRows, 128, 128,  384, 192,  64, 3, 0, 2},
+    // Windows: of these and the tile for all calls the one that computes the fewest keys (window_cost).
+    {kAnyRows,  64,  64, kWindow, 192,  48, 3, 0, 2},
+    {kAnyRows,  64,  64, kWindow, 192,  64, 3, 0, 2},
+    {kAnyRows,  64,  64, kWindow, 192,  80, 3, 0, 2},
+    {kAnyRows,  64,  64, kWindow, 192,  96, 3, 1, 2},
+    {kAnyRows,  64,  64, kWindow, 192, 112, 3, 1, 2},
+    {kAnyRows, 128, 128, kWindow, 192,  48, 4, 1, 2},
+    {kAnyRows, 128, 128, kWindow, 192,  64, 4, 1, 1},
+    {kAnyRows, 128, 128, kWindow, 192,  80, 3, 1, 2},
     {kAnyRows,  64,  64, kSomeKeys, 192, 128, 3, 1, 2},
     // 1024 rows are 5.3 tiles of 192. Beside a head_dim of 128, one stage of Q was faster there.
     {    1024,  96,  96, kEveryKey, 128, 176, 2, 1, 1},
@@ -69,14 +78,29 @@ constexpr bool set_tile(FwdSm90Config& c, const FwdSm90Tune& row, i64 smem_per_b
   return valid(c) && smem_bytes(c) <= smem_per_block;
 }
 
+// Keys that the warpgroups of a tile compute, and a few for each step, where tiles end with the tile's last row
+// (window_shift in cuda/fwd_sm90_producer.cuh).
+constexpr i64 window_cost(const FwdSm90Config& c, const Sight& sight) {
+  constexpr i64 kStep = 4;
+  i64 tiles = 0;
+  for (i64 w = 0; w < consumers(c); ++w)
+    tiles += ceil_div((w + 1) * sight.tokens + sight.window, i64(c.block_n)) - w * sight.tokens / c.block_n;
+  return tiles * (c.block_n + kStep) / consumers(c);
+}
+
 // Fills the tile of `c`, whose other fields are set. False where no row fits.
-constexpr bool tune_forward_sm90(FwdSm90Config& c, i64 rows, i64 span, i64 smem_per_block) {
+constexpr bool tune_forward_sm90(FwdSm90Config& c, i64 rows, const Sight& sight, i64 smem_per_block) {
+  FwdSm90Config best;
   for (const FwdSm90Tune& row : kFwdSm90Tune) {
     if (rows > row.max_rows || round_up_16(c.head_dim) > row.max_dim || round_up_16(c.head_dim_v) > row.max_dim_v ||
-        (row.max_span == kEveryKey ? span != kEveryKey : row.max_span < kSomeKeys && span > row.max_span))
+        (row.masking != kSomeKeys && row.masking != sight.masking))
       continue;
     if (c.paged && row.block_m == 192) continue;  // beside three consumers, a producer of pages has too few registers
-    if (set_tile(c, row, smem_per_block)) return true;
+    if (!set_tile(c, row, smem_per_block)) continue;
+    if (best.block_m == 0 || window_cost(c, sight) < window_cost(best, sight)) best = c;
+    if (row.masking == kWindow) continue;
+    c = best;
+    return true;
   }
   return false;
 }

@@ -20,12 +20,12 @@ __device__ __forceinline__ void issue_scores(Fragment<16, kN>& s, u32 q, u32 k) 
   }
 }
 
-// out += p v for the first kN values of [panel][kKeys][64].
-template <DType kType, int kKeys, int kN, int kD>
-__device__ __forceinline__ void issue_output(Fragment<16, kD>& out, const Operand<16, kN>& p, u32 v) {
+// out += p v for kKeys values [panel][kKeys][64].
+template <DType kType, int kKeys, int kD>
+__device__ __forceinline__ void issue_output(Fragment<16, kD>& out, const Operand<16, kKeys>& p, u32 v) {
   const u64 b = ptx::matrix_descriptor(v, kKeys * 128);
 #pragma unroll
-  for (int i = 0; i < kN / 16; ++i) ptx::Wgmma<kType, kD>::rs(out, p.x[0][i], b + ((i * 16 * 128) >> 4));
+  for (int i = 0; i < kKeys / 16; ++i) ptx::Wgmma<kType, kD>::rs(out, p.x[0][i], b + ((i * 16 * 128) >> 4));
 }
 
 }  // namespace strobe
