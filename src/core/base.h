@@ -31,6 +31,7 @@ constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f
 
 // Larger than any length, small enough that sums of a few of them do not overflow.
 constexpr i64 kUnbounded = i64(1) << 60;
+constexpr i32 kUnbounded32 = 1 << 29;  // among 32-bit lengths, which stay below it
 
 enum class DType : i32 { f32 = 1, f16 = 2, bf16 = 3 };
 

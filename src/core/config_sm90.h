@@ -53,6 +53,10 @@ constexpr int producer_warps(const FwdSm90Config& c) {
 // scout; else the first producing warp does.
 constexpr bool scouts(const FwdSm90Config& c) { return producer_warps(c) == 1 && consumers(c) > 1; }
 
+// Of two stages of Q the scout also fills the free one: the producer would come to it only after an item's last keys. A
+// single stage is free so late that the producer is there in time.
+constexpr bool scout_brings_q(const FwdSm90Config& c) { return c.stages_q > 1; }
+
 // Consumers come behind the producer's warpgroup. A single one comes first: no registers are dealt out, so that the
 // producer needs no warpgroup.
 constexpr int first_producer_warp(const FwdSm90Config& c) { return consumers(c) == 1 ? 4 : 0; }
@@ -71,7 +75,7 @@ constexpr i64 tile_bytes(const FwdSm90Config& c) {
 // What the producer hands over: the bounds of a work item's rows, and the items themselves in a ring.
 constexpr i64 bounds_bytes(const FwdSm90Config& c) { return i64(c.block_m) * 16; }
 constexpr int kWorkSlots = 4;
-constexpr i64 kWorkBytes = 208;
+constexpr i64 kWorkBytes = 176;
 constexpr i64 barrier_bytes(const FwdSm90Config& c) { return (2 + 2 * c.stages_q + 4 * c.stages) * 8; }
 constexpr i64 smem_bytes(const FwdSm90Config& c) {
   return tile_bytes(c) + bounds_bytes(c) + kWorkSlots * kWorkBytes + barrier_bytes(c);

@@ -13,9 +13,10 @@ struct RowKeys {
   i32 kept_end, begin, end, pad;
 };
 
-__device__ __forceinline__ RowKeys row_keys(const Mask& mask, i64 i) {
+template <class Int>
+__device__ __forceinline__ RowKeys row_keys(const BasicMask<Int>& mask, i32 i) {
   if (i >= mask.seqlen_q) return {0, 0, 0, 0};
-  const Keys keys = mask.keys(i);
+  const BasicKeys<Int> keys = mask.keys(i);
   return {i32(keys.kept_end), i32(keys.begin), i32(keys.end), 0};
 }
 

@@ -247,8 +247,8 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
           seen_begin = seen.begin, seen_end = seen.end;
         } else {
           const i32 row = head.first_row + warpgroup * 64;
-          const Run seen = work.mask.narrowed(seen_begin, tile, r == 1, token_of(row), token_of(row + 63) + 1, kKeys);
-          seen_begin = i32(seen.begin), seen_end = i32(seen.end);
+          const Run32 seen = work.mask.narrowed(seen_begin, tile, r == 1, token_of(row), token_of(row + 63) + 1, kKeys);
+          seen_begin = seen.begin, seen_end = seen.end;
         }
         skip(tile - seen_end);
         tile = seen_end;
@@ -315,7 +315,7 @@ __global__ __launch_bounds__(threads(C), 1) void fwd_sm90(const __grid_constant_
   if (threadIdx.x == 0) {
     constexpr u32 kWarps = 4 * consumers(C);
     for (u32 stage = 0; stage < C.stages_q; ++stage) {
-      ptx::mbarrier_init_cta(shared.q_full(stage), 1);
+      ptx::mbarrier_init_cta(shared.q_full(stage), scout_brings_q(C) ? 32 : 1);
       ptx::mbarrier_init_cta(shared.q_free(stage), kWarps);
     }
     ptx::mbarrier_init_cta(shared.work_full(), scouts(C) ? 32 : 1);

@@ -42,7 +42,7 @@ template <FwdSm90Config C>
 __device__ __forceinline__ void finish_state(float (&scale)[2], Sm90Softmax& softmax, const FwdSm90Launch& launch,
                                              const Sm90Work& work, int row0) {
   const AttnParams& p = launch.p;
-  const i32 used_q = i32(work.mask.seqlen_q);
+  const i32 used_q = work.mask.seqlen_q;
 #pragma unroll
   for (int r = 0; r < 2; ++r) softmax.sum[r] = row_sum(softmax.sum[r]);
 

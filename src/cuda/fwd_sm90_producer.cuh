@@ -65,18 +65,6 @@ struct Sm90Place {
 // Tiles before an item's end at which the next item is taken.
 constexpr i32 kTilesAhead = 2;
 
-// Keys by which the tiles of a window begin earlier than multiples of block_n, so that the last one ends where the rows
-// `first` to `last` see no further: on the average nearly a tile less. The window's keys are counted from there, too:
-// it is the window of a sequence that is longer by as much. Kept tokens have tiles of their own, and count from 0.
-__device__ __forceinline__ i32 window_shift(const Mask& mask, i32 first, i32 last, i32 block_n) {
-  last = min(last, i32(mask.seqlen_q) - 1);
-  const i64 kept_end = ceil_div<i64>(mask.keep_first, block_n) * block_n;
-  // No tile of the window may begin before the kept ones' end, nor before the sequence.
-  if (last < first || last >= mask.full_from || first + mask.off() - mask.left < kept_end + block_n) return 0;
-  const u32 beyond = u32(mask.row_end(last)) % u32(block_n);
-  return beyond ? block_n - i32(beyond) : 0;
-}
-
 // Takes the scheduler's tile apart into the work item's slot. In steps through shared memory, since the producer has
 // few registers: a SeqInfo and a Walk at once would not fit.
 template <FwdSm90Config C>
@@ -89,7 +77,7 @@ __device__ __forceinline__ void prepare(const FwdSm90Launch& launch, Sm90Schedul
   const i32 first_row = tile.m_block * C.block_m, first_token = token_of(first_row), head = tile.group * group;
   if (lane_id() == 0 && tile.batch >= 0) {
     const SeqInfo seq = SeqInfo::of(p, tile.batch);
-    work.mask = mask_of(p, seq);
+    work.mask = narrow(mask_of(p, seq));
     if constexpr (C.split != 0) {
       work.out = (tile.split * p.num_heads + head) * p.total_q + seq.q_batch * p.seqlen_q + seq.q_begin;
     } else {
@@ -109,31 +97,31 @@ __device__ __forceinline__ void prepare(const FwdSm90Launch& launch, Sm90Schedul
   }
   __syncwarp();
   if (lane_id() == 0 && tile.batch >= 0) {
-    const i32 shift =
-        C.paged ? 0 : window_shift(work.mask, first_token, token_of(first_row + C.block_m - 1), C.block_n);
+    const i32 end_token = token_of(first_row + C.block_m - 1) + 1;
+    const i32 shift = C.paged ? 0 : work.mask.shift(first_token, end_token, C.block_n);
     work.shift = shift;
     work.mask.seqlen_k += shift;
-    Walk walk = work.mask.visit(first_token, token_of(first_row + C.block_m - 1) + 1, C.block_n);
+    Walk32 walk = work.mask.visit(first_token, end_token, C.block_n);
     if constexpr (C.split != 0) {
-      const i64 share = max<i64>(1, ceil_div<i64>(walk.tiles(), launch.splits));
+      const i32 share = max(1, ceil_div(walk.tiles(), launch.splits));
       walk = split(walk, tile.split * share, (tile.split + 1) * share);
     }
-    work.head.tiles = i32(walk.tiles());
+    work.head.tiles = walk.tiles();
     i32 end = 0, start = 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const Run run = walk.run[r];
-      work.run[r] = {i32(run.begin), i32(run.full_begin), i32(run.full_end), i32(run.end)};
+      const Run32 run = walk.run[r];
+      work.run[r] = {run.begin, run.full_begin, run.full_end, run.end};
       if (run.end <= run.begin) continue;
-      end = i32(run.end);
+      end = run.end;
       start = (start & 2) | r | (run.full_begin > run.begin || run.full_end < run.end ? 2 : 0);
     }
-    const Run kept = walk.run[0];
+    const Run32 kept = walk.run[0];
     if (kept.begin == 0 && kept.end == 1 && walk.run[1].begin > 1 && work.mask.keep_first <= kKeptKeys)
       start |= kKeptAlone;
     // Only a sequence's last tile reaches beyond its keys. What follows them there is another sequence's, or unused
     // memory: the tensor map makes zeros only of what lies outside of the tensor.
-    const i32 keys = i32(work.mask.seqlen_k), in_tile = keys - (end - 1) * C.block_n;
+    const i32 keys = work.mask.seqlen_k, in_tile = keys - (end - 1) * C.block_n;
     const bool more = C.paged != 0 || work.k_row + keys - shift < launch.rows_k;
     work.head.stale = more && in_tile < C.block_n ? in_tile : C.block_n;
     work.head.start = start;
@@ -148,8 +136,8 @@ __device__ __forceinline__ void prepare(const FwdSm90Launch& launch, Sm90Schedul
       i32 begin = run.begin, end = run.end;
       if (skips(C) && begin < end) {
         const i32 row = first_row + warpgroup * 64;
-        const Run seen = work.mask.narrowed(begin, end, r == 1, token_of(row), token_of(row + 63) + 1, C.block_n);
-        begin = i32(seen.begin), end = i32(seen.end);
+        const Run32 seen = work.mask.narrowed(begin, end, r == 1, token_of(row), token_of(row + 63) + 1, C.block_n);
+        begin = seen.begin, end = seen.end;
       }
       work.seen[warpgroup][r] = {begin, end};
       first = r == (work.head.start & 1) && end == run.end && begin < end;
@@ -184,14 +172,38 @@ __device__ __forceinline__ void publish(const FwdSm90Launch& launch, const Sm90S
   if (!kAlone && (scouts(C) || lane_id() == 0)) ptx::mbarrier_arrive(shared.work_full());
 }
 
-// A warp that only takes items: the one that brings keys need not stop for it.
+// Brings an item's queries, whose barrier tells the consumers of the item, or that there is none.
+template <FwdSm90Config C>
+__device__ __forceinline__ void load_q(const FwdSm90Launch& launch, const Sm90Shared<C>& shared,
+                                       Sm90Ring<C.stages_q>& ring, const Sm90Work& work) {
+  const u32 full = shared.q_full(ring.stage);
+  wait_together(shared.q_free(ring.stage), ring.parity);
+  if (lane_id() == 0 && work.head.first_row >= 0) {
+    ptx::mbarrier_expect_tx(full, u32(query_bytes(C)));
+    const i32 tokens = C.pack ? i32(launch.group.quotient(64)) : 64;  // of a warpgroup
+#pragma unroll
+    for (int w = 0; w < consumers(C); ++w)
+#pragma unroll
+      for (int c = 0; c < panels(C.head_dim); ++c)
+        ptx::tma_load(shared.q(ring.stage, w) + c * 64 * 128, launch.q, full, c * 64, work.head_q,
+                      work.q_row + w * tokens, work.q_batch);
+  } else if (scout_brings_q(C) || lane_id() == 0) {
+    ptx::mbarrier_arrive(full);  // every lane of the scout has written the item
+  }
+  ring.advance();
+}
+
+// A warp that takes items: the one that brings keys need not stop for it.
 template <FwdSm90Config C>
 __device__ __forceinline__ void scout(const FwdSm90Launch& launch, const Sm90Shared<C>& shared) {
   Sm90Scheduler<C> scheduler;
   scheduler.start(launch);
+  Sm90Ring<C.stages_q> ring;
+  ring.parity = 1;  // every stage is free
 #pragma unroll 1
   for (u32 item = 0;; ++item) {
     publish(launch, shared, scheduler, item);
+    if constexpr (scout_brings_q(C)) load_q<C>(launch, shared, ring, shared.work(item));
     if (shared.work(item).head.first_row < 0) break;
   }
 }
@@ -214,7 +226,7 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
   Sm90Ring<C.stages> k_ring, v_ring;
   Sm90Ring<C.stages_q> q_ring;
   q_ring.parity = k_ring.parity = v_ring.parity = 1;  // every stage is free
-  constexpr bool kTakes = kLeads && !scouts(C);
+  constexpr bool kTakes = kLeads && !scouts(C), kBringsQ = kLeads && !scout_brings_q(C);
   if constexpr (kTakes) publish(launch, shared, scheduler, 0);
 #pragma unroll 1
   for (u32 item = 0;; ++item) {
@@ -224,9 +236,7 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
       if (lane == 0) ptx::mbarrier_arrive(shared.work_free());
     }
     if (work.head.first_row < 0) {
-      if constexpr (!kLeads) break;
-      wait_together(shared.q_free(q_ring.stage), q_ring.parity);
-      if (lane == 0) ptx::mbarrier_arrive(shared.q_full(q_ring.stage));
+      if constexpr (kBringsQ) load_q<C>(launch, shared, q_ring, work);
       break;
     }
     // Looked up before a stage is waited for: a read of the page table takes long.
@@ -270,30 +280,11 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
       v_ring.advance();
     };
 
-    const auto load_q = [&] {
-      if constexpr (!kLeads) return;
-      wait_together(shared.q_free(q_ring.stage), q_ring.parity);
-      if (lane == 0) {
-        const u32 full = shared.q_full(q_ring.stage);
-        ptx::mbarrier_expect_tx(full, u32(query_bytes(C)));
-        const i32 tokens = C.pack ? i32(launch.group.quotient(64)) : 64;  // of a warpgroup
-#pragma unroll
-        for (int w = 0; w < consumers(C); ++w)
-#pragma unroll
-          for (int c = 0; c < panels(C.head_dim); ++c)
-            ptx::tma_load(shared.q(q_ring.stage, w) + c * 64 * 128, launch.q, full, c * 64, work.head_q,
-                          work.q_row + w * tokens, work.q_batch);
-      }
-      q_ring.advance();
-    };
-
     const i32 tiles = work.head.tiles;
     Sm90Queue queue(work);
     i32 last = 0;
-    // What is free sooner comes first: of two stages, that of Q; beside one, that of K.
-    if constexpr (C.stages_q > 1) load_q();
     if (tiles > 0) load_k(last = queue.take());
-    if constexpr (C.stages_q == 1) load_q();
+    if constexpr (kBringsQ) load_q<C>(launch, shared, q_ring, work);
     // The next item is taken while the last tiles wait for a free stage: not sooner, since a block that is still busy
     // must not hold work that an idle one could do, and not later, since finding its tiles takes as long as computing
     // one.

@@ -132,7 +132,7 @@ struct Sm90Work {
   struct alignas(8) {
     i32 begin, end;
   } seen[3][2];  // of each warpgroup and run: the tiles that its rows see
-  Mask mask;     // for the bounds of the rows; seqlen_k counts the shift
+  Mask32 mask;   // for the bounds of the rows; seqlen_k counts the shift
   i64 out, lse;  // offsets of the first row and head; split: of its row in the partial results
   i32 rows_q;    // rows that exist
   i32 shift;     // keys by which tiles of run[1] begin before multiples of block_n; in them keys count from there

@@ -36,7 +36,8 @@ bool ragged(const AttnParams& p) { return p.cu_seqlens_q || p.cu_seqlens_k || p.
 
 // `group` rows are a token each.
 Sight sight_of(const AttnParams& p, i64 group) {
-  const i64 right = p.causal ? 0 : p.window_right, tokens = kWarpgroupRows / group;
+  const i64 tokens = kWarpgroupRows / group;
+  const i64 right = p.causal ? 0 : p.window_right;
   if (!masked(p) && !ragged(p)) return {kEveryKey, 0, tokens};
   const bool window = p.window_left >= 0 && p.window_left < p.seqlen_k - 1 && right >= 0 && !p.full_from;
   return window ? Sight{kWindow, p.window_left + min(right, p.seqlen_k) + 1, tokens} : Sight{kSomeKeys, 0, tokens};
@@ -124,6 +125,8 @@ const char* refusal_sm90(const AttnParams& p, const DeviceInfo& device) {
   if (!(p.scale > 0.f)) return "softmax_scale is not positive";
   if (p.page_size % 8) return "the page size is no multiple of 8";
   if (p.page_size && p.leftpad_k) return "leftpad_k is given with a page_table";
+  if (max(max(p.seqlen_q, p.seqlen_k), max(p.cu_seqlens_q ? p.total_q : 0, p.total_k)) >= kUnbounded32)
+    return "a sequence may be 2^29 long";
   const KeyRows keys = key_rows(p);
   if (keys.rows == 0 || keys.batches == 0) return "there are no keys";
   const i64 q_rows = p.cu_seqlens_q ? p.total_q : p.seqlen_q, q_batches = p.cu_seqlens_q ? 1 : p.batch;

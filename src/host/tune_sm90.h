@@ -79,7 +79,7 @@ constexpr bool set_tile(FwdSm90Config& c, const FwdSm90Tune& row, i64 smem_per_b
 }
 
 // Keys that the warpgroups of a tile compute, and a few for each step, where tiles end with the tile's last row
-// (window_shift in cuda/fwd_sm90_producer.cuh).
+// (Mask::shift).
 constexpr i64 window_cost(const FwdSm90Config& c, const Sight& sight) {
   constexpr i64 kStep = 4;
   i64 tiles = 0;

@@ -14,7 +14,7 @@ using namespace strobe;
 
 namespace {
 
-long passed = 0, failed = 0;
+long passed = 0, failed = 0, shifted = 0;
 
 void expect(bool held, const char* what, const Mask& m, i64 block_m, i64 block_n) {
   held ? ++passed : ++failed;
@@ -99,6 +99,78 @@ void check(const Mask& m, i64 block_m, i64 block_n, i64 parts) {
   expect(forward == transposed, "visit_queries() against visit()", m, block_m, block_n);
 }
 
+// Tiles of a window that begin earlier by shift(): they hold the keys that rows see, each once, with the same fullness.
+void check_shift(const Mask& m, i64 block_m, i64 block_n) {
+  bool right = true;
+  for (i64 first = 0; first < m.seqlen_q; first += block_m) {
+    const i64 last = min(first + block_m, m.seqlen_q), shift = m.shift(first, first + block_m, block_n);
+    if (shift == 0) continue;
+    ++shifted;
+    Mask longer = m;
+    longer.seqlen_k += shift;
+    const Walk walk = longer.visit(first, first + block_m, block_n);
+    right &= shift < block_n && walk.run[1].begin * block_n - shift >= walk.run[0].end * block_n;
+    right &= walk.run[1].end * block_n - shift == m.keys(last - 1).end;
+    std::vector<char> seen(size_t(m.seqlen_k), 0);
+    for (int r = 0; r < 2; ++r) {
+      const Run& run = walk.run[r];
+      for (i64 t = run.begin; t < run.end; ++t) {
+        const i64 to = r ? shift : 0;  // from a key of the sequence to one of its tiles
+        bool any = false, all = true;
+        for (i64 j = t * block_n - to; j < (t + 1) * block_n - to; ++j)
+          for (i64 i = first; i < last; ++i) {
+            const bool pair = j < m.seqlen_k && visible(m, i, j);
+            right &= longer.visible(i, j + to) == pair;
+            any |= pair, all &= pair;
+            if (j < m.seqlen_k) seen[size_t(j)] = 1;
+          }
+        right &= any && all == (t >= run.full_begin && t < run.full_end);
+      }
+    }
+    for (i64 i = first; i < last; ++i)
+      for (i64 j = 0; j < m.seqlen_k; ++j) right &= seen[size_t(j)] || !visible(m, i, j);
+  }
+  expect(right, "shift()", m, block_m, block_n);
+}
+
+// 32-bit masks against 64-bit ones, up to the longest lengths that they hold.
+bool same(const Run& a, const Run32& b) {
+  return a.begin == b.begin && a.full_begin == b.full_begin && a.full_end == b.full_end && a.end == b.end;
+}
+bool same(const Walk& a, const Walk32& b) { return same(a.run[0], b.run[0]) && same(a.run[1], b.run[1]); }
+
+void check_narrow(std::mt19937& random) {
+  const auto below = [&](i64 n) { return i32(random() % u64(n)); };
+  // Of every magnitude, the largest included.
+  const auto length = [&] { return below(8) ? below(i64(2) << below(29)) : kUnbounded32 - 1; };
+  const auto window = [&] { return below(3) ? length() : below(2) ? kUnbounded : i64(random()) << below(20); };
+  for (int n = 0; n < 300'000; ++n) {
+    const Mask m = {length(), length(), window(), window(), window(), below(2) ? window() : -i64(random() >> 1)};
+    const Mask32 m32 = narrow(m);
+    const i32 block_m = 1 + below(256), block_n = 1 + below(256), row = below(m.seqlen_q + 1),
+              key = below(m.seqlen_k + 1);
+    const Walk walk = m.visit(row, row + block_m, block_n);
+    const Walk32 walk32 = m32.visit(row, row + block_m, block_n);
+    bool agree = same(walk, walk32) &&
+                 same(m.visit_queries(key, key + block_n, block_m), m32.visit_queries(key, key + block_n, block_m));
+    const i32 first = row + below(block_m), tiles = walk32.tiles(), part = 1 + below(tiles + 1);
+    for (int r = 0; r < 2; ++r) {
+      const i32 begin = walk32.run[r].begin, end = walk32.run[r].end;
+      agree &= same(m.narrowed(begin, end, r == 1, first, row + block_m, block_n),
+                    m32.narrowed(begin, end, r == 1, first, row + block_m, block_n));
+    }
+    agree &= m.shift(row, row + block_m, block_n) == m32.shift(row, row + block_m, block_n);
+    agree &= same(split(walk, i64(part / 2), i64(part)), split(walk32, part / 2, part));
+    if (row < m.seqlen_q) {
+      const Keys keys = m.keys(row);
+      const BasicKeys<i32> keys32 = m32.keys(row);
+      agree &= keys.kept_end == keys32.kept_end && keys.begin == keys32.begin && keys.end == keys32.end;
+      agree &= m.visible(row, key) == m32.visible(row, key);
+    }
+    expect(agree, "32-bit numbers", m, block_m, block_n);
+  }
+}
+
 // Known answers of philox4x32-10, from the Random123 distribution's kat_vectors.
 void check_philox() {
   const Philox4 zeros = philox4x32(0, 0, 0, 0, 0, 0);
@@ -147,7 +219,12 @@ int main(int argc, char** argv) {
     m.keep_first = below(3) ? below(8) : 0;
     m.full_from = below(3) ? kUnbounded : below(14);
     check(m, 1 + below(6), 1 + below(6), 1 + below(4));
+    check_shift(m, 1 + below(6), 1 + below(6));
   }
+  const bool all_ran = shifted * 20 > problems;
+  all_ran ? ++passed : ++failed;
+  if (!all_ran) std::printf("FAILED shift() moved tiles in %ld of %d problems only\n", shifted, problems);
+  check_narrow(random);
   check_philox();
   check_softmax(random);
   std::printf("%ld passed, %ld failed\n", passed, failed);
