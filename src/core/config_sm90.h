@@ -12,10 +12,12 @@ struct FwdSm90Config {
   i32 stages = 0;                    // of K and of V
   i32 stages_q = 1;  // 2: an item's queries arrive, and are multiplied, before the rows of the item before have left
   i32 pingpong = 0;  // consumers take turns with the tensor cores
-  i32 packed = 0;    // sequences of their own lengths: a tile's sequence is found by a scan over them
-  i32 paged = 0;     // rows of a box of K or V, which divide a page; 0: not paged
-  i32 split = 0;     // writes partial results
-  i32 pack = 0;      // query heads that share K and V heads share a tile
+  i32 overlap = 1;   // a tile is multiplied by V under the next one's exponentials. 0: a consumer does one thing after
+                    // the other, which takes fewer registers, and consumers fill the processor together
+  i32 packed = 0;  // sequences of their own lengths: a tile's sequence is found by a scan over them
+  i32 paged = 0;   // rows of a box of K or V, which divide a page; 0: not paged
+  i32 split = 0;   // writes partial results
+  i32 pack = 0;    // query heads that share K and V heads share a tile
   i32 softcap = 0;
 
   constexpr bool operator==(const FwdSm90Config&) const = default;
@@ -31,6 +33,7 @@ constexpr void fields(const FwdSm90Config& c, F f) {
   f("stages", c.stages);
   f("stages_q", c.stages_q);
   f("pingpong", c.pingpong);
+  f("overlap", c.overlap);
   f("packed", c.packed);
   f("paged", c.paged);
   f("split", c.split);
@@ -75,7 +78,7 @@ constexpr i64 tile_bytes(const FwdSm90Config& c) {
 // What the producer hands over: the bounds of a work item's rows, and the items themselves in a ring.
 constexpr i64 bounds_bytes(const FwdSm90Config& c) { return i64(c.block_m) * 16; }
 constexpr int kWorkSlots = 4;
-constexpr i64 kWorkBytes = 176;
+constexpr i64 kWorkBytes = 192;
 constexpr i64 barrier_bytes(const FwdSm90Config& c) { return (2 + 2 * c.stages_q + 4 * c.stages) * 8; }
 constexpr i64 smem_bytes(const FwdSm90Config& c) {
   return tile_bytes(c) + bounds_bytes(c) + kWorkSlots * kWorkBytes + barrier_bytes(c);
@@ -87,17 +90,17 @@ constexpr bool skips(const FwdSm90Config& c) { return round_up_16(c.head_dim_v) 
 
 // Registers of a thread, which setmaxnreg deals out: the pool is 64 K. A single consumer needs no dealing.
 constexpr bool busy_producer(const FwdSm90Config& c) { return c.packed && producer_warps(c) > 1; }
-constexpr int producer_registers(const FwdSm90Config& c) { return consumers(c) == 3 ? 32 : busy_producer(c) ? 56 : 40; }
+constexpr int producer_registers(const FwdSm90Config& c) { return consumers(c) >= 3 ? 32 : busy_producer(c) ? 56 : 40; }
 constexpr int consumer_registers(const FwdSm90Config& c) {
-  return consumers(c) == 3 ? 160 : busy_producer(c) ? 224 : 232;
+  return consumers(c) == 4 ? 112 : consumers(c) == 3 ? 160 : busy_producer(c) ? 224 : 232;
 }
 
 constexpr bool valid(const FwdSm90Config& c) {
   return (c.dtype == i32(DType::f16) || c.dtype == i32(DType::bf16)) && c.head_dim % 8 == 0 && c.head_dim_v % 8 == 0 &&
-         c.head_dim > 0 && c.head_dim <= 256 && c.head_dim_v > 0 && c.head_dim_v <= 256 &&
-         (c.block_m == 64 || c.block_m == 128 || c.block_m == 192) && c.block_n % 16 == 0 && c.block_n > 0 &&
-         c.block_n <= 256 && c.stages >= 2 && (c.stages_q == 1 || (c.stages_q == 2 && scouts(c))) &&
-         !(c.pingpong && c.block_m == 64) &&
+         c.head_dim > 0 && c.head_dim <= 256 && c.head_dim_v > 0 && c.head_dim_v <= 256 && c.block_m > 0 &&
+         c.block_m % 64 == 0 && c.block_m <= 256 && c.block_n % 16 == 0 && c.block_n > 0 && c.block_n <= 256 &&
+         c.stages >= 2 && (c.stages_q == 1 || (c.stages_q == 2 && scouts(c))) && !(c.pingpong && c.block_m == 64) &&
+         (c.overlap || !c.softcap) &&  // no registers for it
          (c.paged == 0 || (c.paged % 8 == 0 && c.block_n % c.paged == 0 && c.block_n / c.paged <= 32));
 }
 

@@ -11,7 +11,7 @@
 namespace strobe {
 
 // Named barriers: 0 is __syncthreads(), then come the turns, then those of one warpgroup each.
-constexpr u32 kTurnBarrier = 1, kGroupBarrier = 4;
+constexpr u32 kTurnBarrier = 1, kGroupBarrier = 5;
 
 template <FwdSm90Config C>
 __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90Shared<C>& shared, int warpgroup) {
@@ -19,7 +19,8 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
   constexpr int kDepth = round_up_16(C.head_dim), kWidth = round_up_16(C.head_dim_v), kKeys = C.block_n;
   constexpr bool kPlain = !C.softcap;
   constexpr bool kSkips = skips(C);
-  constexpr bool kAhead = C.stages_q > 1;  // an item's last tile is multiplied by V with the next one's first scores
+  // An item's last tile is multiplied by V with the next one's first scores.
+  constexpr bool kAhead = C.stages_q > 1 && C.overlap;
   using Scores = Fragment<16, kKeys>;
   const AttnParams& p = launch.p;
   const int row0 = warpgroup * 64 + warp_id() % 4 * 16;  // of this warp
@@ -134,6 +135,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
         ptx::wgmma_commit();
         turn_pass();
         find_bounds();
+        if (!C.overlap) v_wait();
         ptx::wgmma_wait<0>();
       }
       ptx::pin(s);
@@ -191,10 +193,51 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       probabilities = to_operand<kType>(s);
       if (moves) softmax.rescale(out);
     };
+    // The same without overlap: the tile before by V, then this one's scores, then their exponentials. What the next
+    // multiplication reads is waited for under the one before.
+    const auto step_alone = [&](i32 tile, auto masked) {
+      Scores s;
+      turn_wait();
+      issue_last();
+      k_wait();
+      ptx::wgmma_wait<0>();
+      ptx::pin(out);
+      ptx::wgmma_fence();
+      issue_scores<kType, kDepth, kKeys>(s, q, shared.k(k_ring.stage));
+      ptx::wgmma_commit();
+      turn_pass();
+      v_release();
+      v_wait();
+      ptx::wgmma_wait<0>();
+      ptx::pin(s);
+      if constexpr (!masked.value) {
+        if (!softmax.add(s, log2_scale, [&] { probabilities = to_operand<kType>(s); })) {
+          scores_again<kType, kDepth>(s, q, shared.k(k_ring.stage));
+          softmax.update(s, log2_scale, true);
+          probabilities = to_operand<kType>(s);
+          softmax.rescale(out);
+        }
+        k_release();
+      } else {
+        k_release();
+        score(s, tile, masked);
+        const bool moves = softmax.update(s, log2_scale);
+        probabilities = to_operand<kType>(s);
+        if (moves) softmax.rescale(out);
+      }
+      --left;
+    };
+    const auto take = [&](i32 tile, auto masked) {
+      if constexpr (C.overlap != 0)
+        step(tile, masked);
+      else
+        step_alone(tile, masked);
+    };
     // A few kept tokens alone: their scores with the tile before by V. As any item's last tile they are left to be
     // multiplied by V, the rest of their tile by probabilities of 0.
     const auto kept_step = [&] {
       Fragment<16, kKeptKeys> s;
+      if (!C.overlap) k_wait();  // else the step before has waited
       v_wait();
       turn_wait();
       issue_last();
@@ -267,9 +310,9 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       while (tile > seen_begin) {
         const i32 stop = tile > full_end ? full_end : tile > full_begin ? tile : seen_begin;
 #pragma unroll 1
-        while (tile > stop) step(--tile, Int<1>{});
+        while (tile > stop) take(--tile, Int<1>{});
 #pragma unroll 1
-        while (tile > full_begin) step(--tile, Int<0>{});
+        while (tile > full_begin) take(--tile, Int<0>{});
       }
       if (kSkips && seen_begin > run.begin) {
         if (begun) {

@@ -299,8 +299,10 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
       }
       if (n >= tiles) break;
       const i32 next = queue.take();
+      // In the order in which a consumer needs them.
+      if constexpr (C.overlap == 0) load_v(last);
       load_k(next);
-      load_v(last);
+      if constexpr (C.overlap != 0) load_v(last);
       last = next;
     }
     if (tiles > 0) load_v(last);

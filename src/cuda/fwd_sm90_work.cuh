@@ -131,7 +131,7 @@ struct Sm90Work {
   } run[2];  // of the walk
   struct alignas(8) {
     i32 begin, end;
-  } seen[3][2];  // of each warpgroup and run: the tiles that its rows see
+  } seen[4][2];  // of each warpgroup and run: the tiles that its rows see
   Mask32 mask;   // for the bounds of the rows; seqlen_k counts the shift
   i64 out, lse;  // offsets of the first row and head; split: of its row in the partial results
   i32 rows_q;    // rows that exist

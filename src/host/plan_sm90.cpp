@@ -40,7 +40,7 @@ Sight sight_of(const AttnParams& p, i64 group) {
   const i64 right = p.causal ? 0 : p.window_right;
   if (!masked(p) && !ragged(p)) return {kEveryKey, 0, tokens};
   const bool window = p.window_left >= 0 && p.window_left < p.seqlen_k - 1 && right >= 0 && !p.full_from;
-  return window ? Sight{kWindow, p.window_left + min(right, p.seqlen_k) + 1, tokens} : Sight{kSomeKeys, 0, tokens};
+  return window ? Sight{kWindow, p.window_left + min(right, p.seqlen_k), tokens} : Sight{kSomeKeys, 0, tokens};
 }
 
 struct Shape {
@@ -192,7 +192,7 @@ void fill_forward_sm90(const AttnParams& p, const Plan& plan, void* workspace, L
   const Partials parts = partials_of(plan, workspace);
   const int at = int(plan.values[kForwardAt]);
   FwdSm90Config c;
-  static_assert(sizeof c == sizeof(i32) * 13);
+  static_assert(sizeof c == sizeof(i32) * 14);
   std::memcpy(&c, plan.launches[at].kernel.values, sizeof c);
   const i64 group = plan.values[kGroup], groups = p.num_heads / group, section = plan.values[kSection];
   const KeyRows keys = key_rows(p);

@@ -14,7 +14,7 @@ enum Masking { kEveryKey, kSomeKeys, kWindow };
 // What a warpgroup's rows see.
 struct Sight {
   Masking masking;
-  i64 window;  // kWindow: keys of a row
+  i64 reach;   // kWindow: keys that a row sees beside its own
   i64 tokens;  // that the 64 rows belong to
 };
 
@@ -22,8 +22,7 @@ struct FwdSm90Tune {
   int max_rows;            // query rows (packed with heads), where there are few
   int max_dim, max_dim_v;  // head_dim and head_dim_v, rounded up to 16
   int masking;             // for kEveryKey or kWindow alone, or (kSomeKeys) for all
-  int block_m, block_n, stages, pingpong;
-  int stages_q;
+  int block_m, block_n, stages, pingpong, overlap, stages_q;
 };
 
 constexpr int kAnyRows = 1 << 30;
@@ -32,37 +31,40 @@ constexpr int kAnyRows = 1 << 30;
 constexpr FwdSm90Tune kFwdSm90Tune[] = {
     // One consumer: the memory's rate matters, not the tensor cores. It is best with 64 KB on their way to each
     // multiprocessor; 160 KB were a tenth slower.
-    {64,  64,  64, kSomeKeys,  64, 128, 2, 0, 1},
-    {64, 128, 128, kSomeKeys,  64,  64, 2, 0, 1},
-    {64, 192, 192, kSomeKeys,  64,  48, 2, 0, 1},
-    {64, 256, 256, kSomeKeys,  64,  32, 2, 0, 1},
+    {64,  64,  64, kSomeKeys,  64, 128, 2, 0, 1, 1},
+    {64, 128, 128, kSomeKeys,  64,  64, 2, 0, 1, 1},
+    {64, 192, 192, kSomeKeys,  64,  48, 2, 0, 1, 1},
+    {64, 256, 256, kSomeKeys,  64,  32, 2, 0, 1, 1},
     // Windows: of these and the tile for all calls the one that computes the fewest keys (window_cost).
-    {kAnyRows,  64,  64, kWindow, 192,  48, 3, 0, 2},
-    {kAnyRows,  64,  64, kWindow, 192,  64, 3, 0, 2},
-    {kAnyRows,  64,  64, kWindow, 192,  80, 3, 0, 2},
-    {kAnyRows,  64,  64, kWindow, 192,  96, 3, 1, 2},
-    {kAnyRows,  64,  64, kWindow, 192, 112, 3, 1, 2},
-    {kAnyRows, 128, 128, kWindow, 192,  48, 4, 1, 2},
-    {kAnyRows, 128, 128, kWindow, 192,  64, 4, 1, 1},
-    {kAnyRows, 128, 128, kWindow, 192,  80, 3, 1, 2},
-    {kAnyRows,  64,  64, kSomeKeys, 192, 128, 3, 1, 2},
-    // 1024 rows are 5.3 tiles of 192. Beside a head_dim of 128, one stage of Q was faster there.
-    {    1024,  96,  96, kEveryKey, 128, 176, 2, 1, 1},
-    {kAnyRows,  96,  96, kSomeKeys, 192, 112, 2, 1, 2},
-    {    1024,  64, 128, kSomeKeys, 128, 128, 2, 1, 2},
-    {    1024, 128, 128, kSomeKeys, 128, 128, 2, 1, 1},
-    {kAnyRows,  64, 128, kSomeKeys, 192,  80, 2, 1, 2},
-    {kAnyRows, 128, 128, kSomeKeys, 192,  80, 3, 1, 2},
-    {    1024, 192, 128, kSomeKeys, 128, 128, 2, 1, 1},
-    {kAnyRows, 192, 128, kSomeKeys, 192,  80, 2, 1, 1},
+    {kAnyRows,  64,  64, kWindow, 256,  64, 4, 1, 0, 2},
+    {kAnyRows,  64,  64, kWindow, 256,  80, 4, 1, 0, 2},
+    {kAnyRows,  96,  96, kWindow, 256,  48, 3, 1, 0, 2},
+    {kAnyRows, 128, 128, kWindow, 192,  48, 4, 1, 1, 2},
+    {kAnyRows, 128, 128, kWindow, 192,  64, 4, 1, 1, 1},
+    {kAnyRows, 128, 128, kWindow, 192,  80, 3, 1, 1, 2},
+    // Without overlap: four consumers, or wide tiles. Short sequences: of smaller tiles less is computed for nothing,
+    // and 1024 rows are 5.3 tiles of 192.
+    {     192,  64,  64, kSomeKeys, 192, 128, 3, 1, 1, 2},
+    {    4096,  64,  64, kSomeKeys, 256,  64, 4, 1, 0, 2},
+    {kAnyRows,  64,  64, kSomeKeys, 256,  80, 4, 1, 0, 2},
+    {    1024,  96,  96, kSomeKeys, 256,  48, 3, 1, 0, 2},
+    {kAnyRows,  96,  96, kSomeKeys, 192, 144, 2, 1, 0, 1},
+    {    1024,  64, 128, kEveryKey, 128, 128, 2, 1, 1, 2},
+    {    1024,  64, 128, kSomeKeys, 192,  96, 4, 1, 0, 2},
+    {kAnyRows,  64, 128, kSomeKeys, 192, 112, 3, 1, 0, 2},
+    {    1024, 128, 128, kEveryKey, 128, 128, 2, 1, 1, 1},
+    {    1024, 128, 128, kSomeKeys, 192,  96, 2, 1, 0, 2},
+    {kAnyRows, 128, 128, kSomeKeys, 192,  80, 3, 1, 1, 2},
+    {    1024, 192, 128, kSomeKeys, 128, 128, 2, 1, 1, 1},
+    {kAnyRows, 192, 128, kSomeKeys, 192,  80, 2, 1, 1, 1},
     // Pages.
-    {kAnyRows, 128, 128, kEveryKey, 128, 176, 2, 1, 1},
-    {kAnyRows, 128, 128, kSomeKeys, 128, 128, 2, 1, 1},
-    {kAnyRows, 192, 128, kSomeKeys, 128, 128, 2, 0, 1},
-    {kAnyRows, 256, 128, kSomeKeys, 128,  96, 2, 0, 1},
-    {kAnyRows, 192, 192, kSomeKeys, 128, 112, 2, 0, 1},
-    {kAnyRows, 128, 256, kSomeKeys, 128,  80, 2, 0, 1},
-    {kAnyRows, 256, 256, kSomeKeys, 128,  64, 2, 1, 1},
+    {kAnyRows, 128, 128, kEveryKey, 128, 176, 2, 1, 1, 1},
+    {kAnyRows, 128, 128, kSomeKeys, 128, 128, 2, 1, 1, 1},
+    {kAnyRows, 192, 128, kSomeKeys, 128, 128, 2, 0, 1, 1},
+    {kAnyRows, 256, 128, kSomeKeys, 128,  96, 2, 0, 1, 1},
+    {kAnyRows, 192, 192, kSomeKeys, 128, 112, 2, 0, 1, 1},
+    {kAnyRows, 128, 256, kSomeKeys, 128,  80, 2, 0, 1, 1},
+    {kAnyRows, 256, 256, kSomeKeys, 128,  64, 2, 1, 1, 1},
 };
 // clang-format on
 
@@ -72,6 +74,7 @@ constexpr bool set_tile(FwdSm90Config& c, const FwdSm90Tune& row, i64 smem_per_b
   c.block_n = row.block_n;
   c.stages = row.stages;
   c.pingpong = row.pingpong;
+  c.overlap = row.overlap;
   if (c.paged) c.paged = std::gcd(c.paged, c.block_n);
   // A second stage of Q has no registers beside a soft cap, and was not timed for packed sequences.
   c.stages_q = c.packed || c.paged || c.softcap ? 1 : row.stages_q;
@@ -84,8 +87,8 @@ constexpr i64 window_cost(const FwdSm90Config& c, const Sight& sight) {
   constexpr i64 kStep = 4;
   i64 tiles = 0;
   for (i64 w = 0; w < consumers(c); ++w)
-    tiles += ceil_div((w + 1) * sight.tokens + sight.window, i64(c.block_n)) - w * sight.tokens / c.block_n;
-  return tiles * (c.block_n + kStep) / consumers(c);
+    tiles += ceil_div((w + 1) * sight.tokens + sight.reach, i64(c.block_n)) - w * sight.tokens / c.block_n;
+  return tiles * (c.block_n + kStep) * (c.overlap ? 9 : 8) / consumers(c);  // without overlap a key costs less
 }
 
 // Fills the tile of `c`, whose other fields are set. False where no row fits.
@@ -95,7 +98,7 @@ constexpr bool tune_forward_sm90(FwdSm90Config& c, i64 rows, const Sight& sight,
     if (rows > row.max_rows || round_up_16(c.head_dim) > row.max_dim || round_up_16(c.head_dim_v) > row.max_dim_v ||
         (row.masking != kSomeKeys && row.masking != sight.masking))
       continue;
-    if (c.paged && row.block_m == 192) continue;  // beside three consumers, a producer of pages has too few registers
+    if (c.paged && row.block_m >= 192) continue;  // beside three consumers, a producer of pages has too few registers
     if (!set_tile(c, row, smem_per_block)) continue;
     if (best.block_m == 0 || window_cost(c, sight) < window_cost(best, sight)) best = c;
     if (row.masking == kWindow) continue;

@@ -62,7 +62,7 @@ void pack_sequences(AttnParams& p, i64 total_k) {
 FwdSm90Config config_of(const Plan& plan) {
   FwdSm90Config c;
   i32* const values[] = {&c.dtype,    &c.head_dim, &c.head_dim_v, &c.block_m, &c.block_n, &c.stages, &c.stages_q,
-                         &c.pingpong, &c.packed,   &c.paged,      &c.split,   &c.pack,    &c.softcap};
+                         &c.pingpong, &c.overlap,  &c.packed,     &c.paged,   &c.split,   &c.pack,   &c.softcap};
   for (size_t i = 0; i < std::size(values); ++i) *values[i] = plan.launches[0].kernel.values[i];
   static_assert(sizeof c == sizeof(i32) * std::size(values));  // every field is there
   return c;
@@ -176,8 +176,8 @@ void test_packing() {
 // The engine's own tiles fit every pair of dims that the table says they serve.
 void test_tiles() {
   for (const FwdSm90Tune& row : kFwdSm90Tune) {
-    const FwdSm90Config c = {i32(DType::bf16), row.max_dim, row.max_dim_v, row.block_m,
-                             row.block_n,      row.stages,  row.stages_q,  row.pingpong};
+    const FwdSm90Config c = {i32(DType::bf16), row.max_dim,  row.max_dim_v, row.block_m, row.block_n,
+                             row.stages,       row.stages_q, row.pingpong,  row.overlap};
     expect(valid(c) && smem_bytes(c) <= typical_device(90).smem_per_block, "a row of the table fits",
            "dims " + std::to_string(row.max_dim) + ", " + std::to_string(row.max_dim_v));
   }

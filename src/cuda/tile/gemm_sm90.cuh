@@ -20,6 +20,30 @@ __device__ __forceinline__ void issue_scores(Fragment<16, kN>& s, u32 q, u32 k) 
   }
 }
 
+// The same for the 16 rows of a warp, by the warp alone and at once.
+template <DType kType, int kDepth, int kN>
+__device__ __forceinline__ void scores_again(Fragment<16, kN>& s, u32 q, u32 k) {
+  using Rows = SmemTile<64, (kDepth + 63) / 64 * 64>;
+  using Keys = SmemTile<kN, Rows::kCols>;
+  u32 thread = threadIdx.x;
+  ptx::opaque(thread);
+  const int lane = int(thread % 32);
+  const u32 row = Rows{q}.address(int(thread / 32 % 4) * 16 + lane % 16, lane / 16 * 8);
+  const u32 key = Keys{k}.address(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
+  s.clear();
+#pragma unroll 1
+  for (int i = 0; i < kDepth; i += 16) {
+    u32 a[4], b[4];
+    ptx::ldmatrix_x4(a, Rows::moved(row, 0, i));
+#pragma unroll
+    for (int n = 0; n < kN; n += 16) {
+      ptx::ldmatrix_x4(b, Keys::moved(key, n, i));
+      ptx::mma_m16n8k16<kType>(s.x[0][n / 8], a, b[0], b[1]);
+      ptx::mma_m16n8k16<kType>(s.x[0][n / 8 + 1], a, b[2], b[3]);
+    }
+  }
+}
+
 // out += p v for kKeys values [panel][kKeys][64].
 template <DType kType, int kKeys, int kD>
 __device__ __forceinline__ void issue_output(Fragment<16, kD>& out, const Operand<16, kKeys>& p, u32 v) {

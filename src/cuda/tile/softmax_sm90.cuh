@@ -14,6 +14,8 @@ struct Sm90Softmax {
 
   static constexpr float kNone = -3.4e38f;  // finite: -inf less the reference of a row without keys is no NaN
 
+  static constexpr float kMost = 1024.f;  // of a lane's exponentials of a tile, together
+
   __device__ __forceinline__ void clear() {
     reference[0] = reference[1] = kNone;
     sum[0] = sum[1] = 0.f;
@@ -22,7 +24,7 @@ struct Sm90Softmax {
   // s becomes 2^(log2_scale * s - reference). True, for the whole warp, if a reference has moved. Each lane looks at
   // its own maximum only: lanes that share a row ask each other for theirs when one of the warp is too large.
   template <int kN>
-  __device__ __forceinline__ bool update(Fragment<16, kN>& s, float log2_scale) {
+  __device__ __forceinline__ bool update(Fragment<16, kN>& s, float log2_scale, bool must = false) {
     constexpr int kCols = Fragment<16, kN>::kCols;
     float now[2], above[2];
 #pragma unroll
@@ -36,7 +38,7 @@ struct Sm90Softmax {
       now[r] = fmaxf(a, b);
       above[r] = __fmaf_rn(now[r], log2_scale, -reference[r]);
     }
-    const bool moves = __any_sync(0xffffffffu, fmaxf(above[0], above[1]) > RunningSoftmax<2>::kLag);
+    const bool moves = must || __any_sync(0xffffffffu, fmaxf(above[0], above[1]) > RunningSoftmax<2>::kLag);
     if (moves) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -55,6 +57,25 @@ struct Sm90Softmax {
       }
     }
     return moves;
+  }
+
+  // The same against the references as they are: nothing is asked of s before its exponentials. False, for the whole
+  // warp, if their sums tell that a reference has to move: s is to be had again, for update(). pack: takes s meanwhile.
+  template <int kN, class Pack>
+  __device__ __forceinline__ bool add(Fragment<16, kN>& s, float log2_scale, Pack pack) {
+    float added[2] = {0.f, 0.f};
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int c = 0; c < Fragment<16, kN>::kCols; ++c) {
+        s.at(r, c) = ptx::ex2(__fmaf_rn(s.at(r, c), log2_scale, -reference[r]));
+        added[r] += s.at(r, c);
+      }
+    pack();
+    if (__any_sync(0xffffffffu, fmaxf(added[0], added[1]) > kMost)) return false;
+    sum[0] += added[0];
+    sum[1] += added[1];
+    return true;
   }
 
   template <int kD>

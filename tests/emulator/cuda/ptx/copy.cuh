@@ -22,8 +22,14 @@ inline unsigned char* at(u32 shared, u32 bytes) {
   return smem + (shared - emulator::kSharedBase);
 }
 inline void st_shared_16(u32 shared, uint4 x) { std::memcpy(at(shared, 16), &x, 16); }
+inline void opaque(u32&) {}
+// Lane l gives the address of row l % 8 of matrix l / 8.
+inline void ldmatrix_x4(u32 (&r)[4], u32 shared) {
+  const auto& addresses = emulator::block->exchange(shared);
+  for (unsigned m = 0; m < 4; ++m)
+    std::memcpy(&r[m], at(u32(addresses[m * 8 + emulator::lane() / 4]) + emulator::lane() % 4 * 4, 4), 4);
+}
 // Not of this emulator: the declarations that other files need.
-void ldmatrix_x4(u32 (&r)[4], u32 shared);
 void ldmatrix_x4_trans(u32 (&r)[4], u32 shared);
 void st_shared_4(u32 shared, u32 x);
 uint4 ld_shared_16(u32 shared);
