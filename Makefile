@@ -68,7 +68,7 @@ check-kernels: $(VENV)/.installed
 
 # The whole suite on this machine's GPUs, without a network: PYTHON has torch 2.10 or later. Writes tests/gpu/receipt.json.
 test-gpu:
-	$(PYTHON) tests/gpu/main.py --workers $$($(PYTHON) scripts/gpu_workers.py)
+	$(PYTHON) tests/gpu/main.py
 
 # Whether that receipt is of these sources, with nothing failed.
 check-receipt:

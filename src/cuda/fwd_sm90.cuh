@@ -1,6 +1,7 @@
 // Forward for Hopper: FlashAttention-3's division of work (Shah et al., arXiv 2407.08608). A producer warp brings tiles
-// by tensor copies; each consumer warpgroup owns 64 rows and multiplies by wgmma. Inside a warpgroup the exponentials
-// of a tile run under the multiplication of the tile before by V; two warpgroups take turns with the tensor cores.
+// by tensor copies; each consumer warpgroup owns 64 rows and multiplies by wgmma, in turns. Inside a warpgroup the
+// exponentials of a tile run under the multiplication of the tile before by V (overlap), or else under the other
+// warpgroups' multiplications alone, which leaves registers for more of them or for wider tiles.
 #pragma once
 
 #include "cuda/fwd_sm90_epilogue.cuh"

@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass, replace
 
 from cache_cases import random_cache_case
-from cases import MASKS, everything, grid, random_case
+from cases import MASKS, Case, everything, grid, random_case
 
 DIMS = [
     (64, 64), (128, 128), (32, 64), (64, 128), (192, 128), (128, 256), (96, 192), (256, 256), (40, 72), (8, 8),
@@ -112,6 +112,30 @@ def cache_case(rng, dims, dtype, at):
     )  # fmt: skip
 
 
+def long_groups():
+    """Sequences that fill the tiles and the schedules of long calls; scores that outgrow those of the tiles before."""
+    masks = [
+        dict(), dict(causal=True), dict(causal=True, window=(1000, 0), keep_first=4),
+        dict(causal=True, window=(127, 0)), dict(window=(300, 50), keep_first=16),
+        dict(causal=True, window=(500, 0), keep_first=90, full_from=1900),
+    ]  # fmt: skip
+    dims = [(64, 64), (32, 64), (40, 72), (96, 96), (64, 128), (128, 128), (192, 128), (256, 256)]
+    groups = []
+    for n, (d, dv) in enumerate(dims):
+        group = []
+        for m, mask in enumerate(masks):
+            heads = [(2, 2, 2), (4, 2, 2), (4, 1, 1)][(n + m) % 3]
+            case = Case(
+                dtype=DTYPES[(n + m) % 2], head_dim=d, head_dim_v=dv, heads=heads[0], heads_k=heads[1],
+                heads_v=heads[2], scale=0.5 if max(d, dv) <= 128 and m % 2 else None, sinks=m == 3, **mask,
+            )  # fmt: skip
+            group.append(Job("forward", replace(case, seqlens_q=(2200,)), m))
+            mixed = (34, 1500, 0, 520, 34, 2200, 1)
+            group.append(Job("forward", replace(case, seqlens_q=mixed, seqlens_k=mixed, layout="packed"), m))
+        groups.append(group)
+    return groups
+
+
 def repeat_groups():
     """Calls whose bits must not change from run to run, with enough rows for many blocks to race."""
     groups = []
@@ -131,5 +155,5 @@ def repeat_groups():
 
 def groups():
     """All jobs; the groups whose kernels take longest to compile come first."""
-    every = attention_groups() + curated_groups() + cache_groups() + repeat_groups()
+    every = attention_groups() + curated_groups() + cache_groups() + long_groups() + repeat_groups()
     return sorted(every, key=lambda jobs: -max(job.case.head_dim * job.case.head_dim_v for job in jobs))

@@ -104,7 +104,7 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="jobs whose name matches this pattern; writes no receipt")
     parser.add_argument("--fraction", type=float, default=1.0, help="of each group; below 1 writes no receipt")
-    parser.add_argument("--workers", type=int, default=max(2, (os.cpu_count() or 4) - 1))
+    parser.add_argument("--workers", type=int, default=0, help="processes; default: as gpu_workers.py says")
     parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out; writes no receipt")
     parser.add_argument("--site", type=Path, help="a strobe of whatever sources; writes no receipt")
     parser.add_argument("--seconds", type=float, default=BUDGET_SECONDS, help="what is not done by then has failed")
@@ -133,6 +133,7 @@ def main():
     sys.path.insert(0, fronts.install_drop_ins(Path(drop_ins.name)))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [drop_ins.name, site, os.environ.get("PYTHONPATH")]))
 
+    import gpu_workers
     import pool
     import receipt
     import sanitizer
@@ -148,7 +149,8 @@ def main():
     print(f"{jobs} jobs, engines {engines}, strobe of {installed.described(site, ROOT)}", flush=True)
     tools = None if options.no_sanitizer else sanitizer.Runs(engines)
     report = Report()
-    left = pool.run(guarded, plain, options.workers, report, begin + options.seconds)
+    workers = options.workers or gpu_workers.default_workers()
+    left = pool.run(guarded, plain, workers, report, begin + options.seconds)
     findings = tools.finish(max(30.0, begin + options.seconds - time.monotonic())) if tools else None
 
     seconds = time.monotonic() - begin

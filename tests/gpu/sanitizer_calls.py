@@ -83,6 +83,8 @@ def calls(engine):
         yield decode, (engine, bf16, dims, True), dict(queries=3)
         # Few kept tokens and many queries: their gradients have kernels of their own.
         yield attend, (engine, bf16, dims, (600, 600)), dict(causal=True, window_size=(40, 0), keep_first=4)
+    for dims in ((64, 64), (128, 128)):
+        yield attend, (engine, bf16, dims, (600, 600)), dict(causal=True, window_size=(90, 0), keep_first=4, grad=False)
     changes = dict(softcap=20.0), dict(alibi=True), dict(dropout_p=0.2), dict(sinks=True), dict(deterministic=True)
     for change in changes:
         yield attend, (engine, bf16, (64, 64), (130, 150)), change

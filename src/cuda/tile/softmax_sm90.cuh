@@ -13,8 +13,7 @@ struct Sm90Softmax {
   float factor[2];     // what the output so far is to be multiplied by, where update() says so
 
   static constexpr float kNone = -3.4e38f;  // finite: -inf less the reference of a row without keys is no NaN
-
-  static constexpr float kMost = 1024.f;  // of a lane's exponentials of a tile, together
+  static constexpr float kMost = 1024.f;    // of a lane's exponentials of a tile, together: half types hold more
 
   __device__ __forceinline__ void clear() {
     reference[0] = reference[1] = kNone;

@@ -1,4 +1,4 @@
-"""How many processes `make test-gpu` may have on this machine: one a processor, and few enough for the GPU's memory.
+"""How many processes the suite has on this machine: one a processor, and few enough for the GPU's memory.
 
 Most of them take 5 GiB of it at once (tests/gpu/arena.py); half of what is free is for that, the rest for what tests
 allocate. The first six are of the other kind (tests/gpu/pool.py).
@@ -23,5 +23,5 @@ def free_mib():
         return 140e3
 
 
-if __name__ == "__main__":
-    print(workers(os.cpu_count() or 4, free_mib()))
+def default_workers():
+    return workers(os.cpu_count() or 4, free_mib())
