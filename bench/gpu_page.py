@@ -81,11 +81,18 @@ def origins(document):
     return [f"Not all of one state of the sources (the digests begin as `tests/gpu/receipt.json`'s do): {each}."]
 
 
+def absent(document):
+    """Which suites lacked a peer that others had."""
+    lacking = "; ".join(f"{name} in {', '.join(suites)}" for name, suites in document.get("without", {}).items())
+    return [f"Not there when these were measured: {lacking}."] if lacking else []
+
+
 def tables(document, verdicts):
     rows = document["rows"]
     parts = [
         header(document),
         *origins(document),
+        *absent(document),
         mark_table("mark (times better, geometric mean, unless named)", verdicts),
         "Wins, the planner's choice beside the best peer of each row:",
         win_table(rows),

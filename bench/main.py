@@ -98,14 +98,20 @@ def measure(args, machine, suites):
 def join(paths, machine):
     """(one document, {task: row}) of runs on the same device beside the same versions; what a later file has counts.
 
-    "sources" is then by suite, if they differ.
+    "sources" is then by suite, if they differ, and "without" names the suites that lacked a peer that others had.
     """
     documents = [json.loads(path.read_text()) for path in paths]
     first, rows, origins = documents[0], {}, {}  # rows: by (suite, case); origins: a suite's sources
+    versions, beside = {}, {}  # beside: what a suite was measured with
     for path, document in zip(paths, documents, strict=True):
-        for name in ("device", "versions"):
-            if document.get(name) != first.get(name):
-                raise SystemExit(f"{path} has other {name}: {document.get(name)}, not {first.get(name)}")
+        if document["device"] != first["device"]:
+            raise SystemExit(f"{path} has another device: {document['device']}, not {first['device']}")
+        for name, this in document["versions"].items():
+            if versions.setdefault(name, this) != this:
+                raise SystemExit(f"{path} has other versions: {name} {this}, not {versions[name]}")
+        lacked = document.get("without", {})
+        for suite in {row["suite"] for row in document["rows"]}:
+            beside[suite] = {name for name in document["versions"] if suite not in lacked.get(name, ())}
         new, theirs = document.get("sources"), {(row["suite"], row["case"]): row for row in document["rows"]}
         given = {suite: new[suite] if isinstance(new, dict) else new for suite, _ in theirs}
         kept = [key for key in rows.keys() - theirs.keys() if given.get(key[0], origins[key[0]]) != origins[key[0]]]
@@ -117,8 +123,11 @@ def join(paths, machine):
     ceiling = {name: max(d["ceiling"][name] for d in documents) for name in first["ceiling"]}
     tasks = sum(machine.suites(quick=False).values(), [])
     measured = {task: rows[task.suite, task.name] for task in tasks if (task.suite, task.name) in rows}
-    document = first | dict(ceiling=ceiling, rows=list(rows.values())) | ({"sources": sources} if sources else {})
-    return document, measured
+    without = {name: sorted(suite for suite in beside if name not in beside[suite]) for name in versions}
+    without = {name: lacking for name, lacking in without.items() if lacking}
+    said = {name: value for name, value in dict(sources=sources, without=without).items() if value}
+    document = {name: value for name, value in first.items() if name not in ("sources", "without")}
+    return document | dict(versions=versions, ceiling=ceiling, rows=list(rows.values())) | said, measured
 
 
 def main():

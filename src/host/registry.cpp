@@ -15,8 +15,9 @@ namespace {
 
 // CUfunction_attribute
 constexpr int kMaxDynamicSharedSizeBytes = 8;
-// What a block may use without asking.
-constexpr u32 kDefaultSmem = 48 * 1024;
+// What a block may use without asking. Shared memory that a kernel declares itself counts, too, with the
+// alignment of what follows it.
+constexpr u32 kDefaultSmem = 48 * 1024, kDeclaredSmem = 4 * 1024;
 constexpr int kRelaxedCapture = 2;
 
 // Buckets of lists that only grow: readers take no lock.
@@ -75,7 +76,7 @@ CUfunction load_function(const Launch& launch, const Device& device) {
   check_cuda(d.cuModuleLoadData(&module, cubin.image.data()), what.c_str());
   CUfunction function;
   check_cuda(d.cuModuleGetFunction(&function, module, cubin.name.c_str()), what.c_str());
-  if (launch.smem > kDefaultSmem) {
+  if (launch.smem + kDeclaredSmem > kDefaultSmem) {
     check_cuda(d.cuFuncSetAttribute(function, kMaxDynamicSharedSizeBytes, static_cast<int>(launch.smem)),
                (what + " with " + std::to_string(launch.smem) + " bytes of shared memory").c_str());
   }

@@ -130,7 +130,7 @@ def long_groups():
                 heads_v=heads[2], scale=0.5 if max(d, dv) <= 128 and m % 2 else None, sinks=m == 3, **mask,
             )  # fmt: skip
             group.append(Job("forward", replace(case, seqlens_q=(2200,)), m))
-            mixed = (34, 700, 0, 260, 34, 800, 1)
+            mixed = (34, 600, 0, 260, 34, 700, 1)
             group.append(Job("forward", replace(case, seqlens_q=mixed, seqlens_k=mixed, layout="packed"), m))
         groups.append(group)
     return groups

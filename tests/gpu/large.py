@@ -8,6 +8,8 @@ import reference
 SHAPES = [
     dict(length=4096, dims=(128, 128), options=dict(causal=True)),
     dict(length=5000, dims=(64, 128), options=dict(causal=True, window_size=(1000, 0), keep_first=4)),
+    dict(length=3000, dims=(128, 128), options=dict(causal=True, window_size=(1000, 0), keep_first=4)),
+    dict(length=3000, dims=(64, 64), options=dict(causal=True, window_size=(1000, 0), keep_first=4)),
     dict(length=3000, dims=(192, 128), options=dict(causal=True, window_size=(700, 0), keep_first=10, softcap=20.0)),
     dict(length=2500, dims=(256, 256), options=dict()),
     dict(length=4097, dims=(96, 192), options=dict(window_size=(333, 100), full_from=4000)),

@@ -152,8 +152,26 @@ def test_results_come_back_from_their_file(tmp_path):
         assert {"suite", "case", "params", "unit", "strobe", "peers"} <= set(row)
     other = tmp_path / "other.json"
     report.write_json(other, document | dict(device="another GPU", rows=[]))
-    with pytest.raises(SystemExit, match="other device"):
+    with pytest.raises(SystemExit, match="another device"):
         join([halves[0], other], gpu)
+
+
+def test_a_peer_that_only_some_runs_had_is_missing_in_the_others(tmp_path):
+    old, new, odd = (tmp_path / f"{name}.json" for name in ("old", "new", "odd"))
+    rows = list(made_up_rows(gpu, lambda task, name: 1.0).values())
+    document = dict(device="a GPU", ceiling={})
+    report.write_json(old, document | dict(versions={"torch": "2"}, rows=rows))
+    fresh = [row for row in rows if row["suite"] == "fwd"]
+    report.write_json(new, document | dict(versions={"torch": "2", "fa4": "4.0"}, rows=fresh))
+    report.write_json(odd, document | dict(versions={"torch": "3"}, rows=[]))
+    joined, _ = join([old, new], gpu)
+    others = sorted({row["suite"] for row in rows} - {"fwd"})
+    assert joined["versions"] == {"torch": "2", "fa4": "4.0"} and joined["without"] == {"fa4": others}
+    assert f"fa4 in {', '.join(others)}." in gpu.tables(joined, [])
+    report.write_json(old, joined)
+    assert join([old, new], gpu)[0]["without"] == joined["without"] and "without" not in join([new], gpu)[0]
+    with pytest.raises(SystemExit, match="other versions: torch 3, not 2"):
+        join([old, odd], gpu)
 
 
 def test_a_suite_that_was_measured_again_counts_and_says_of_which_sources(tmp_path):
