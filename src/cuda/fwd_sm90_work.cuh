@@ -28,8 +28,8 @@ constexpr i32 kShortKeys = 256;  // sequences with fewer keys cost what starting
 template <FwdSm90Config C>
 struct Sm90Scheduler {
   u32 number;  // the tile to work on
-  i32 first_batch,
-      dealt;        // packed: of the sequences that are dealt out now, those from first_batch on begin at `dealt`
+  // Packed: of the sequences that are dealt out now, those from first_batch on begin at tile `dealt`.
+  i32 first_batch, dealt;
   i32 least, most;  // packed: these have more than `least` keys, and not more than `most`
 
   __device__ __forceinline__ void start(const FwdSm90Launch& launch) {

@@ -126,7 +126,7 @@ const char* refusal_sm90(const AttnParams& p, const DeviceInfo& device) {
   if (p.page_size % 8) return "the page size is no multiple of 8";
   if (p.page_size && p.leftpad_k) return "leftpad_k is given with a page_table";
   if (max(max(p.seqlen_q, p.seqlen_k), max(p.cu_seqlens_q ? p.total_q : 0, p.total_k)) >= kUnbounded32)
-    return "a sequence may be 2^29 long";
+    return "a sequence may have 2^29 queries or keys, or more";
   const KeyRows keys = key_rows(p);
   if (keys.rows == 0 || keys.batches == 0) return "there are no keys";
   const i64 q_rows = p.cu_seqlens_q ? p.total_q : p.seqlen_q, q_batches = p.cu_seqlens_q ? 1 : p.batch;

@@ -49,6 +49,9 @@ constexpr FwdSm90Tune kFwdSm90Tune[] = {
     {kAnyRows,  64,  64, kSomeKeys, 256,  80, 4, 1, 0, 2},
     {    1024,  96,  96, kSomeKeys, 256,  48, 3, 1, 0, 2},
     {kAnyRows,  96,  96, kSomeKeys, 192, 144, 2, 1, 0, 1},
+    // Soft caps take what overlaps.
+    {kAnyRows,  64,  64, kSomeKeys, 192, 128, 3, 1, 1, 2},
+    {kAnyRows,  96,  96, kSomeKeys, 192, 112, 2, 1, 1, 2},
     {    1024,  64, 128, kEveryKey, 128, 128, 2, 1, 1, 2},
     {    1024,  64, 128, kSomeKeys, 192,  96, 4, 1, 0, 2},
     {kAnyRows,  64, 128, kSomeKeys, 192, 112, 3, 1, 0, 2},

@@ -211,7 +211,7 @@ void test_refusals() {
   p = dense(1, 512, 512, 4, 4, 264, 64);
   says(p, "larger than 256");
   p = dense(1, 512, strobe::kUnbounded32, 4, 4, 64, 64);
-  says(p, "2^29 long");
+  says(p, "2^29 queries or keys");
   p = dense(1, 512, 0, 4, 4, 64, 64);
   says(p, "there are no keys");
 }
