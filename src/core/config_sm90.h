@@ -12,12 +12,11 @@ struct FwdSm90Config {
   i32 stages = 0;                    // of K and of V
   i32 stages_q = 1;  // 2: an item's queries arrive, and are multiplied, before the rows of the item before have left
   i32 pingpong = 0;  // consumers take turns with the tensor cores
-  i32 overlap = 1;   // a tile is multiplied by V under the next one's exponentials. 0: a consumer does one thing after
-                    // the other, which takes fewer registers, and consumers fill the processor together
-  i32 packed = 0;  // sequences of their own lengths: a tile's sequence is found by a scan over them
-  i32 paged = 0;   // rows of a box of K or V, which divide a page; 0: not paged
-  i32 split = 0;   // writes partial results
-  i32 pack = 0;    // query heads that share K and V heads share a tile
+  i32 overlap = 1;   // a tile is multiplied by V under the next one's exponentials; 0: after them, with fewer registers
+  i32 packed = 0;    // sequences of their own lengths: a tile's sequence is found by a scan over them
+  i32 paged = 0;     // rows of a box of K or V, which divide a page; 0: not paged
+  i32 split = 0;     // writes partial results
+  i32 pack = 0;      // query heads that share K and V heads share a tile
   i32 softcap = 0;
 
   constexpr bool operator==(const FwdSm90Config&) const = default;
