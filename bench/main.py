@@ -95,6 +95,20 @@ def measure(args, machine, suites):
     return document | dict(ceiling=ceiling, rows=list(measured.values())), measured
 
 
+def versions_of(paths, documents):
+    """All versions that the runs name, and by name the suites whose last run had none of it."""
+    versions, beside = {}, {}  # beside: what a suite was measured with
+    for path, document in zip(paths, documents, strict=True):
+        for name, this in document["versions"].items():
+            if versions.setdefault(name, this) != this:
+                raise SystemExit(f"{path} has other versions: {name} {this}, not {versions[name]}")
+        lacked = document.get("without", {})
+        for suite in {row["suite"] for row in document["rows"]}:
+            beside[suite] = {name for name in document["versions"] if suite not in lacked.get(name, ())}
+    without = {name: sorted(suite for suite in beside if name not in beside[suite]) for name in versions}
+    return versions, {name: suites for name, suites in without.items() if suites}
+
+
 def join(paths, machine):
     """(one document, {task: row}) of runs on the same device beside the same versions; what a later file has counts.
 
@@ -102,16 +116,9 @@ def join(paths, machine):
     """
     documents = [json.loads(path.read_text()) for path in paths]
     first, rows, origins = documents[0], {}, {}  # rows: by (suite, case); origins: a suite's sources
-    versions, beside = {}, {}  # beside: what a suite was measured with
     for path, document in zip(paths, documents, strict=True):
         if document["device"] != first["device"]:
             raise SystemExit(f"{path} has another device: {document['device']}, not {first['device']}")
-        for name, this in document["versions"].items():
-            if versions.setdefault(name, this) != this:
-                raise SystemExit(f"{path} has other versions: {name} {this}, not {versions[name]}")
-        lacked = document.get("without", {})
-        for suite in {row["suite"] for row in document["rows"]}:
-            beside[suite] = {name for name in document["versions"] if suite not in lacked.get(name, ())}
         new, theirs = document.get("sources"), {(row["suite"], row["case"]): row for row in document["rows"]}
         given = {suite: new[suite] if isinstance(new, dict) else new for suite, _ in theirs}
         kept = [key for key in rows.keys() - theirs.keys() if given.get(key[0], origins[key[0]]) != origins[key[0]]]
@@ -119,15 +126,14 @@ def join(paths, machine):
             raise SystemExit(f"{path} has other sources: {given[kept[0][0]]}, and not all of suite {kept[0][0]}")
         origins |= given
         rows |= theirs
+    versions, without = versions_of(paths, documents)
     sources = next(iter(origins.values()), None) if len(set(origins.values())) < 2 else origins
     ceiling = {name: max(d["ceiling"][name] for d in documents) for name in first["ceiling"]}
     tasks = sum(machine.suites(quick=False).values(), [])
     measured = {task: rows[task.suite, task.name] for task in tasks if (task.suite, task.name) in rows}
-    without = {name: sorted(suite for suite in beside if name not in beside[suite]) for name in versions}
-    without = {name: lacking for name, lacking in without.items() if lacking}
-    said = {name: value for name, value in dict(sources=sources, without=without).items() if value}
     document = {name: value for name, value in first.items() if name not in ("sources", "without")}
-    return document | dict(versions=versions, ceiling=ceiling, rows=list(rows.values())) | said, measured
+    document |= dict(versions=versions, ceiling=ceiling, rows=list(rows.values()))
+    return document | {name: value for name, value in dict(sources=sources, without=without).items() if value}, measured
 
 
 def main():
