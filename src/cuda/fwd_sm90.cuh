@@ -108,17 +108,21 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       }
       __syncwarp();
     };
+    // The tile before by V, and scores behind it.
+    const auto issue_last_and_scores = [&](auto& s) {
+      v_wait();
+      turn_wait();
+      issue_last();
+      issue_scores<kType, kDepth, kKeys>(s, q, shared.k(k_ring.stage));
+      ptx::wgmma_commit();
+      turn_pass();
+    };
     // The first tile: its scores alone, or with what is left of the item before, whose rows leave meanwhile.
     const auto begin = [&](i32 tile, bool full, bool stale) {
       Scores s;
       k_wait();
       if (kAhead && pending) {
-        v_wait();
-        turn_wait();
-        issue_last();
-        issue_scores<kType, kDepth, kKeys>(s, q, shared.k(k_ring.stage));
-        ptx::wgmma_commit();
-        turn_pass();
+        issue_last_and_scores(s);
         finish_state<C>(scale, softmax, launch, shared.work(item - 1), row0);
         softmax.clear();
         find_bounds();
@@ -239,12 +243,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
     const auto kept_step = [&] {
       Fragment<16, kKeptKeys> s;
       if (!C.overlap) k_wait();  // else the step before has waited
-      v_wait();
-      turn_wait();
-      issue_last();
-      issue_scores<kType, kDepth, kKeys>(s, q, shared.k(k_ring.stage));
-      ptx::wgmma_commit();
-      turn_pass();
+      issue_last_and_scores(s);
       finish_last();
       ptx::pin(s);
       k_release();

@@ -7,6 +7,8 @@
 namespace strobe::host {
 namespace {
 
+constexpr i64 kPackTokens = 256;  // longer queries fill their tiles without packing
+
 struct Shape {
   FwdConfig config;
   i64 group, m_blocks, tiles, blocks;  // blocks: of all row blocks, heads and sequences

@@ -87,9 +87,12 @@ i64 section_of(const AttnParams& p, const Shape& s, const DeviceInfo& device) {
   const i64 all = p.batch * (p.num_heads / s.group), sharing = p.num_heads / p.num_heads_k / s.group;
   const i64 bytes = max<i64>(1, p.seqlen_k * (p.head_dim + p.head_dim_v) * 2);
   const i64 fit = max<i64>(1, device.l2_bytes * 7 / 10 / bytes) * max<i64>(1, sharing);
-  const auto last = [&](i64 section) { return all - (ceil_div(all, section) - 1) * section; };
+  const i64 fewest = fit / 2 + 1;
   i64 section = min(all, fit);
-  while (section > fit / 2 + 1 && last(section) * 4 < section * 3) --section;
+  while (section > fewest && ((all - 1) % section + 1) * 4 < section * 3) {
+    // The largest whose last one holds 3/4 of it, if there are as many of them, and else one of more sections.
+    section = max(fewest, min(section - 1, all * 4 / (ceil_div(all, section) * 4 - 1)));
+  }
   return section;
 }
 

@@ -15,8 +15,6 @@ inline constexpr KernelTemplate kCombine =
 enum ForwardOffset { kPartialOut, kPartialState, kTurnedQ, kCounter };
 enum ForwardValue { kForwardAt, kGroup, kRowBlocks, kSection, kTiles, kDynamic };
 
-constexpr i64 kPackTokens = 256;  // longer queries fill their tiles without packing
-
 constexpr bool empty(const AttnParams& p) {
   return p.batch == 0 || p.num_heads == 0 || p.seqlen_q == 0 || p.total_q == 0;
 }

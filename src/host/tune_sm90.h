@@ -97,13 +97,16 @@ constexpr i64 window_cost(const FwdSm90Config& c, const Sight& sight) {
 // Fills the tile of `c`, whose other fields are set. False where no row fits.
 constexpr bool tune_forward_sm90(FwdSm90Config& c, i64 rows, const Sight& sight, i64 smem_per_block) {
   FwdSm90Config best;
+  i64 least = kUnbounded;
   for (const FwdSm90Tune& row : kFwdSm90Tune) {
     if (rows > row.max_rows || round_up_16(c.head_dim) > row.max_dim || round_up_16(c.head_dim_v) > row.max_dim_v ||
         (row.masking != kSomeKeys && row.masking != sight.masking))
       continue;
     if (c.paged && row.block_m >= 192) continue;  // beside three consumers, a producer of pages has too few registers
     if (!set_tile(c, row, smem_per_block)) continue;
-    if (best.block_m == 0 || window_cost(c, sight) < window_cost(best, sight)) best = c;
+    if (sight.masking != kWindow) return true;
+    const i64 cost = window_cost(c, sight);
+    if (cost < least) least = cost, best = c;
     if (row.masking == kWindow) continue;
     c = best;
     return true;

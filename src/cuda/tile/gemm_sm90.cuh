@@ -10,7 +10,7 @@ namespace strobe {
 template <DType kType, int kDepth, int kKeys, int kN>
 __device__ __forceinline__ void issue_scores(Fragment<16, kN>& s, u32 q, u32 k) {
   // The descriptors of a wide head would be kept in registers from item to item, which have no room: q is taken as new.
-  if (kDepth > 128) asm volatile("" : "+r"(q));
+  if (kDepth > 128) ptx::opaque(q);
   const u64 a = ptx::matrix_descriptor(q), b = ptx::matrix_descriptor(k);
 #pragma unroll
   for (int i = 0; i < kDepth / 16; ++i) {
@@ -27,9 +27,8 @@ __device__ __forceinline__ void scores_again(Fragment<16, kN>& s, u32 q, u32 k) 
   using Keys = SmemTile<kN, Rows::kCols>;
   u32 thread = threadIdx.x;
   ptx::opaque(thread);
-  const int lane = int(thread % 32);
-  const u32 row = Rows{q}.address(int(thread / 32 % 4) * 16 + lane % 16, lane / 16 * 8);
-  const u32 key = Keys{k}.address(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
+  const int lane = int(thread % 32), row0 = int(thread / 32 % 4) * 16;
+  const u32 row = Rows::moved(lane_address_m(Rows{q}, lane), row0, 0), key = lane_address_k(Keys{k}, lane);
   s.clear();
 #pragma unroll 1
   for (int i = 0; i < kDepth; i += 16) {
