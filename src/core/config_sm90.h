@@ -5,12 +5,16 @@
 
 namespace strobe {
 
+// How an item's rows leave: from registers, or by tensor copies from shared memory, where they lie in the place of their
+// queries or in a place of their own.
+enum Staging { kFromRegisters, kInPlaceOfQ, kInOwnPlace };
+
 struct FwdSm90Config {
   i32 dtype = 0;                     // DType
   i32 head_dim = 0, head_dim_v = 0;  // as in memory
   i32 block_m = 0, block_n = 0;      // query rows, 64 a consumer warpgroup, and keys of a tile
   i32 stages = 0;                    // of K and of V
-  i32 stages_q = 1;  // 2: an item's queries arrive, and are multiplied, before the rows of the item before have left
+  i32 stages_q = 1;  // 2: an item's queries arrive before the item before has ended
   i32 pingpong = 0;  // consumers take turns with the tensor cores
   i32 overlap = 1;   // a tile is multiplied by V under the next one's exponentials; 0: after them, with fewer registers
   i32 packed = 0;    // sequences of their own lengths: a tile's sequence is found by a scan over them
@@ -18,6 +22,7 @@ struct FwdSm90Config {
   i32 split = 0;     // writes partial results
   i32 pack = 0;      // query heads that share K and V heads share a tile
   i32 softcap = 0;
+  i32 staging = kFromRegisters;
 
   constexpr bool operator==(const FwdSm90Config&) const = default;
 };
@@ -38,6 +43,7 @@ constexpr void fields(const FwdSm90Config& c, F f) {
   f("split", c.split);
   f("pack", c.pack);
   f("softcap", c.softcap);
+  f("staging", c.staging);
 }
 
 constexpr int consumers(const FwdSm90Config& c) { return c.block_m / 64; }
@@ -71,8 +77,11 @@ constexpr int panels(int dim) { return (dim + 63) / 64; }
 constexpr i64 query_bytes(const FwdSm90Config& c) { return i64(c.block_m) * panels(c.head_dim) * 128; }
 constexpr i64 key_bytes(const FwdSm90Config& c) { return i64(c.block_n) * panels(c.head_dim) * 128; }
 constexpr i64 value_bytes(const FwdSm90Config& c) { return i64(c.block_n) * panels(c.head_dim_v) * 128; }
+constexpr i64 staging_bytes(const FwdSm90Config& c) {
+  return c.staging == kInOwnPlace ? i64(c.block_m) * panels(c.head_dim_v) * 128 : 0;
+}
 constexpr i64 tile_bytes(const FwdSm90Config& c) {
-  return c.stages_q * query_bytes(c) + c.stages * (key_bytes(c) + value_bytes(c));
+  return c.stages_q * query_bytes(c) + c.stages * (key_bytes(c) + value_bytes(c)) + staging_bytes(c);
 }
 // What the producer hands over: the bounds of a work item's rows, and the items themselves in a ring.
 constexpr i64 bounds_bytes(const FwdSm90Config& c) { return i64(c.block_m) * 16; }
@@ -87,6 +96,8 @@ constexpr i64 smem_bytes(const FwdSm90Config& c) {
 // it.
 constexpr bool skips(const FwdSm90Config& c) { return round_up_16(c.head_dim_v) <= 192; }
 
+constexpr int kStagedRows = 16;  // of a tensor copy: each warp sends its own, and waits for no other
+
 // Registers of a thread, which setmaxnreg deals out: the pool is 64 K. A single consumer needs no dealing.
 constexpr bool busy_producer(const FwdSm90Config& c) { return c.packed && producer_warps(c) > 1; }
 constexpr int producer_registers(const FwdSm90Config& c) { return consumers(c) >= 3 ? 32 : busy_producer(c) ? 56 : 40; }
@@ -100,6 +111,9 @@ constexpr bool valid(const FwdSm90Config& c) {
          c.block_m % 64 == 0 && c.block_m <= 256 && c.block_n % 16 == 0 && c.block_n > 0 && c.block_n <= 256 &&
          c.stages >= 2 && (c.stages_q == 1 || (c.stages_q == 2 && scouts(c))) && !(c.pingpong && c.block_m == 64) &&
          (c.overlap || !c.softcap) &&  // no registers for it
+         (c.staging == kFromRegisters || (!c.split && !c.paged)) &&
+         // Q's other place takes the next item's queries while rows leave.
+         (c.staging != kInPlaceOfQ || (c.stages_q == 2 && panels(c.head_dim_v) <= panels(c.head_dim))) &&
          (c.paged == 0 || (c.paged % 8 == 0 && c.block_n % c.paged == 0 && c.block_n / c.paged <= 32));
 }
 

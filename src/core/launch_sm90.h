@@ -11,8 +11,9 @@ struct alignas(64) TensorMap {
 };
 
 struct FwdSm90Launch {
-  // Of q: (columns, heads, rows, batch); of k and v: (columns, rows, heads, batch or pages).
-  TensorMap q, k, v;
+  // Of q, and of out where its rows are staged: (columns, heads, rows, batch); of k and v: (columns, rows, heads, batch
+  // or pages).
+  TensorMap q, k, v, out;
   AttnParams p;
   float* partial_out;    // as in FwdLaunch
   float* partial_state;  // as in FwdLaunch

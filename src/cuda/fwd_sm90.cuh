@@ -20,11 +20,11 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
   constexpr int kDepth = round_up_16(C.head_dim), kWidth = round_up_16(C.head_dim_v), kKeys = C.block_n;
   constexpr bool kPlain = !C.softcap;
   constexpr bool kSkips = skips(C);
-  // An item's last tile is multiplied by V with the next one's first scores.
-  constexpr bool kAhead = C.stages_q > 1 && C.overlap;
   using Scores = Fragment<16, kKeys>;
   const AttnParams& p = launch.p;
-  const int row0 = warpgroup * 64 + warp_id() % 4 * 16;  // of this warp
+  // Tensor copies take their addresses from registers of the whole warp: a shuffle says that lanes agree.
+  const int warp = C.staging == kFromRegisters ? warp_id() : __shfl_sync(0xffffffffu, warp_id(), 0);
+  const int row0 = warpgroup * 64 + warp % 4 * 16;  // of this warp
   const float log2_scale = kPlain ? p.scale * kLog2e : 1.f;
   const auto token_of = [&](i32 row) { return C.pack ? i32(launch.group.quotient(u32(row))) : row; };
   Sm90Ring<C.stages> k_ring, v_ring;
@@ -32,8 +32,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
   Sm90Softmax softmax;
   Fragment<16, kWidth> out;
   Operand<16, kKeys> probabilities;  // of the tile before
-  float scale[2];                    // of the rows that are to be written
-  bool pending = false;              // the item before has its last product by V and its rows still to come
+  bool leaving = false;              // the rows of the item before are being copied from the place of their queries
 
   const auto turn_wait = [&] {
     if constexpr (C.pingpong) ptx::bar_sync(kTurnBarrier + u32(warpgroup), 256);
@@ -51,6 +50,15 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
   const auto v_release = [&] {
     if (lane_id() == 0) ptx::mbarrier_arrive(shared.v_free(v_ring.stage));
     v_ring.advance();
+  };
+  const auto q_release = [&](u32 stage) {
+    if (lane_id() == 0) ptx::mbarrier_arrive(shared.q_free(stage));
+  };
+  const auto end_leaving = [&] {
+    if (C.staging != kInPlaceOfQ || !leaving) return;
+    if (lane_id() == 0) ptx::tma_store_wait_read();
+    q_release(q_ring.stage ^ 1);
+    leaving = false;
   };
   if (C.pingpong && warpgroup == consumers(C) - 1) turn_pass();
 
@@ -79,17 +87,6 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
     const Sm90Work& work = shared.work(item);
     const auto head = work.head;
     const bool more = head.first_row >= 0;
-    // The item before ends alone, where this one's first tile is not this warpgroup's.
-    if (kAhead && pending && !(more && (head.start >> warpgroup & 4))) {
-      v_wait();
-      issue_last();
-      finish_state<C>(scale, softmax, launch, shared.work(item - 1), row0);
-      softmax.clear();
-      finish_last();
-      write_rows<C>(out, scale, launch, shared.work(item - 1), row0);
-      out.clear();
-      pending = false;
-    }
     if (!more) break;
     const u32 q = shared.q(q_ring.stage, warpgroup);
     i32 left = head.tiles;
@@ -108,41 +105,18 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       }
       __syncwarp();
     };
-    // The tile before by V, and scores behind it.
-    const auto issue_last_and_scores = [&](auto& s) {
-      v_wait();
-      turn_wait();
-      issue_last();
-      issue_scores<kType, kDepth, kKeys>(s, q, shared.k(k_ring.stage));
-      ptx::wgmma_commit();
-      turn_pass();
-    };
-    // The first tile: its scores alone, or with what is left of the item before, whose rows leave meanwhile.
+    // The first tile: its scores alone.
     const auto begin = [&](i32 tile, bool full, bool stale) {
       Scores s;
       k_wait();
-      if (kAhead && pending) {
-        issue_last_and_scores(s);
-        finish_state<C>(scale, softmax, launch, shared.work(item - 1), row0);
-        softmax.clear();
-        find_bounds();
-        ptx::wgmma_wait<1>();
-        ptx::pin(out);
-        v_release();
-        write_rows<C>(out, scale, launch, shared.work(item - 1), row0);
-        out.clear();
-        pending = false;
-        ptx::wgmma_wait<0>();
-      } else {
-        turn_wait();
-        ptx::wgmma_fence();
-        issue_scores<kType, kDepth, kKeys>(s, q, shared.k(k_ring.stage));
-        ptx::wgmma_commit();
-        turn_pass();
-        find_bounds();
-        if (!C.overlap) v_wait();
-        ptx::wgmma_wait<0>();
-      }
+      turn_wait();
+      ptx::wgmma_fence();
+      issue_scores<kType, kDepth, kKeys>(s, q, shared.k(k_ring.stage));
+      ptx::wgmma_commit();
+      turn_pass();
+      find_bounds();
+      if (!C.overlap) v_wait();
+      ptx::wgmma_wait<0>();
       ptx::pin(s);
       k_release();
       if (full)
@@ -164,6 +138,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
         ptx::fence_proxy_async();
         ptx::bar_sync(kGroupBarrier + u32(warpgroup), 128);
       }
+      end_leaving();
       if (--left > 0) k_wait();
       begun = true;
     };
@@ -243,7 +218,12 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
     const auto kept_step = [&] {
       Fragment<16, kKeptKeys> s;
       if (!C.overlap) k_wait();  // else the step before has waited
-      issue_last_and_scores(s);
+      v_wait();
+      turn_wait();
+      issue_last();
+      issue_scores<kType, kDepth, kKeys>(s, q, shared.k(k_ring.stage));
+      ptx::wgmma_commit();
+      turn_pass();
       finish_last();
       ptx::pin(s);
       k_release();
@@ -324,12 +304,13 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
         skip(seen_begin - run.begin);
       }
     }
-    __syncwarp();  // every lane knows of this item
-    if (lane_id() == 0) ptx::mbarrier_arrive(shared.q_free(q_ring.stage));
+    end_leaving();  // where the item had no first tile here
+    __syncwarp();   // every lane has read the item
+    if constexpr (C.staging != kInPlaceOfQ) q_release(q_ring.stage);
+    const u32 place = shared.rows(q_ring.stage, warpgroup);
     q_ring.advance();
-    if constexpr (kAhead) {
-      pending = begun;
-    } else if (head.tiles > 0) {
+    float scale[2];
+    if (head.tiles > 0) {
       if (!kSkips || begun) {
         v_wait();
         turn_wait();
@@ -341,12 +322,20 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
         turn_pass();
       }
     }
-    if (!pending) {
-      finish_state<C>(scale, softmax, launch, work, row0);
+    finish_state<C>(scale, softmax, launch, work, row0);
+    if constexpr (C.staging == kFromRegisters) {
       write_rows<C>(out, scale, launch, work, row0);
-      clear();
+    } else {
+      if constexpr (C.staging == kInOwnPlace) {
+        if (lane_id() == 0) ptx::tma_store_wait_read();  // long since
+        __syncwarp();
+      }
+      stage_rows<C>(out, scale, launch, work, row0, place);
+      leaving = true;
     }
+    clear();
   }
+  if (C.staging != kFromRegisters && lane_id() == 0) ptx::tma_store_wait_read();  // shared memory outlives the copies
 }
 
 template <FwdSm90Config C>

@@ -12,6 +12,7 @@ namespace strobe {
 template <FwdSm90Config C>
 struct Sm90Shared {
   static constexpr u32 kKeys = u32(C.stages_q * query_bytes(C)), kValues = kKeys + u32(C.stages * key_bytes(C));
+  static constexpr u32 kStaging = kValues + u32(C.stages * value_bytes(C));
   static constexpr u32 kBounds = u32(tile_bytes(C)), kWork = kBounds + u32(bounds_bytes(C));
   static constexpr u32 kBarriers = kWork + u32(kWorkSlots * kWorkBytes);
 
@@ -23,6 +24,11 @@ struct Sm90Shared {
   }
   __device__ __forceinline__ u32 k(u32 stage) const { return at + kKeys + stage * u32(key_bytes(C)); }
   __device__ __forceinline__ u32 v(u32 stage) const { return at + kValues + stage * u32(value_bytes(C)); }
+  // Where a warpgroup's rows are staged; stage: of their queries.
+  __device__ __forceinline__ u32 rows(u32 stage, int warpgroup) const {
+    if constexpr (C.staging == kInPlaceOfQ) return q(stage, warpgroup);
+    return at + kStaging + u32(warpgroup * 64 * panels(C.head_dim_v) * 128);
+  }
   __device__ __forceinline__ RowKeys* bounds() const { return reinterpret_cast<RowKeys*>(base + kBounds); }
   __device__ __forceinline__ Sm90Work& work(u32 item) const {
     return *reinterpret_cast<Sm90Work*>(base + kWork + item % kWorkSlots * u32(kWorkBytes));
@@ -130,7 +136,6 @@ __device__ __forceinline__ void prepare(const FwdSm90Launch& launch, Sm90Schedul
   if constexpr (scouts(C)) {
     // A lane for each warpgroup and run.
     const int warpgroup = lane_id() / 2, r = lane_id() % 2;
-    bool first = false;
     if (warpgroup < consumers(C) && tile.batch >= 0) {
       const auto run = work.run[r];
       i32 begin = run.begin, end = run.end;
@@ -140,15 +145,6 @@ __device__ __forceinline__ void prepare(const FwdSm90Launch& launch, Sm90Schedul
         begin = seen.begin, end = seen.end;
       }
       work.seen[warpgroup][r] = {begin, end};
-      first = r == (work.head.start & 1) && end == run.end && begin < end;
-    }
-    const u32 lanes = __ballot_sync(0xffffffffu, first);
-    if (lane_id() == 0 && tile.batch >= 0) {
-      i32 start = work.head.start;
-#pragma unroll
-      for (int w = 0; w < consumers(C); ++w)
-        if (lanes >> (2 * w) & 3) start |= 4 << w;
-      work.head.start = start;
     }
     __syncwarp();
   }
@@ -220,6 +216,7 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
     ptx::prefetch_tensormap(launch.q);
     ptx::prefetch_tensormap(launch.k);
     ptx::prefetch_tensormap(launch.v);
+    if constexpr (C.staging != kFromRegisters) ptx::prefetch_tensormap(launch.out);
   }
   Sm90Scheduler<C> scheduler;
   scheduler.start(launch);

@@ -114,7 +114,7 @@ struct Sm90Scheduler {
 
 // So many kept tokens have a step of their own, where no row's window reaches their tile.
 constexpr int kKeptKeys = 16;
-constexpr i32 kKeptAlone = 1 << 8;
+constexpr i32 kKeptAlone = 4;
 
 // What the consumers need to know of a work item. What they read first lies together: it stands between an item's end
 // and the next one's start.
@@ -123,8 +123,8 @@ struct Sm90Work {
     i32 first_row;  // packed rows: token * group + head within the group; -1: there is no more work
     i32 tiles;      // of the walk
     i32 stale;      // rows of V in the first tile that must not be read begin here
-    i32 start;      // bit 0: the run of the first tile; 1: some tile is masked; 2 + w: warpgroup w sees the first tile;
-                    // kKeptAlone: of the run of kept tokens, the first kKeptKeys keys are all that is seen
+    i32 start;      // bit 0: the run of the first tile; 1: some tile is masked; kKeptAlone: of the run of kept tokens, the
+                    // first kKeptKeys keys are all that is seen
   } head;
   struct alignas(16) {
     i32 begin, full_begin, full_end, end;

@@ -134,7 +134,8 @@ const char* refusal_sm90(const AttnParams& p, const DeviceInfo& device) {
   if (keys.rows == 0 || keys.batches == 0) return "there are no keys";
   const i64 q_rows = p.cu_seqlens_q ? p.total_q : p.seqlen_q, q_batches = p.cu_seqlens_q ? 1 : p.batch;
   if (!copyable(p.q, q_rows, p.num_heads, q_batches) || !copyable(p.k, keys.rows, p.num_heads_k, keys.batches) ||
-      !copyable(p.v, keys.rows, p.num_heads_v, keys.batches) || !forward_aligned(p))
+      !copyable(p.v, keys.rows, p.num_heads_v, keys.batches) || !copyable(p.out, q_rows, p.num_heads, q_batches) ||
+      !forward_aligned(p))
     return "a tensor's start or strides are no positive multiples of 16 bytes";
   if (!empty(p) && !shape_of(p, device).fits) return "no tile fits these head_dims";
   return nullptr;
@@ -163,7 +164,7 @@ void add_forward_sm90(Plan& plan, const AttnParams& p, const DeviceInfo& device,
   Shape s = shape_of(p, device, tile);
   reserve_splits(plan, p, splits_of(s, device));
   s.config.split = plan.num_splits > 1;
-  if (s.config.split) s.config.stages_q = 1;  // parts are long, and registers few
+  if (s.config.split) s.config.stages_q = 1, s.config.staging = kFromRegisters;  // parts are long, and registers few
   const i64 tiles = s.blocks * plan.num_splits, grid = min<i64>(tiles, device.sm_count);
   const bool uneven = masked(p) || ragged(p);
   plan.values[kGroup] = s.group;
@@ -195,7 +196,7 @@ void fill_forward_sm90(const AttnParams& p, const Plan& plan, void* workspace, L
   const Partials parts = partials_of(plan, workspace);
   const int at = int(plan.values[kForwardAt]);
   FwdSm90Config c;
-  static_assert(sizeof c == sizeof(i32) * 14);
+  static_assert(sizeof c == sizeof(i32) * 15);
   std::memcpy(&c, plan.launches[at].kernel.values, sizeof c);
   const i64 group = plan.values[kGroup], groups = p.num_heads / group, section = plan.values[kSection];
   const KeyRows keys = key_rows(p);
@@ -221,8 +222,13 @@ void fill_forward_sm90(const AttnParams& p, const Plan& plan, void* workspace, L
   forward.rows_k = i32(keys.rows);
 
   const i64 q_rows = p.cu_seqlens_q ? p.total_q : p.seqlen_q, q_batches = p.cu_seqlens_q ? 1 : p.batch;
-  add_box(params, forward.q, p, p.q, p.head_dim, {p.num_heads, q_rows, q_batches},
-          {p.q.head_stride, p.q.row_stride, p.q.batch_stride}, {u32(group), u32(kWarpgroupRows / group)});
+  const auto add_rows = [&](TensorMap& map, const Rows& rows, i64 dim, i64 count) {
+    const i64 heads = min(group, count);
+    add_box(params, map, p, rows, dim, {p.num_heads, q_rows, q_batches},
+            {rows.head_stride, rows.row_stride, rows.batch_stride}, {u32(heads), u32(count / heads)});
+  };
+  add_rows(forward.q, p.q, p.head_dim, kWarpgroupRows);
+  if (c.staging) add_rows(forward.out, p.out, p.head_dim_v, kStagedRows);
   const u32 rows = u32(c.paged ? c.paged : c.block_n);
   add_box(params, forward.k, p, p.k, p.head_dim, {keys.rows, p.num_heads_k, keys.batches},
           {p.k.row_stride, p.k.head_stride, p.k.batch_stride}, {rows, 1});

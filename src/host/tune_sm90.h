@@ -22,7 +22,7 @@ struct FwdSm90Tune {
   int max_rows;            // query rows (packed with heads), where there are few
   int max_dim, max_dim_v;  // head_dim and head_dim_v, rounded up to 16
   int masking;             // for kEveryKey or kWindow alone, or (kSomeKeys) for all
-  int block_m, block_n, stages, pingpong, overlap, stages_q;
+  int block_m, block_n, stages, pingpong, overlap, stages_q, staging;
 };
 
 constexpr int kAnyRows = 1 << 30;
@@ -80,7 +80,8 @@ constexpr bool set_tile(FwdSm90Config& c, const FwdSm90Tune& row, i64 smem_per_b
   c.overlap = row.overlap;
   if (c.paged) c.paged = std::gcd(c.paged, c.block_n);
   // A second stage of Q has no registers beside a soft cap, and was not timed for packed sequences.
-  c.stages_q = c.packed || c.paged || c.softcap ? 1 : row.stages_q;
+  c.stages_q = c.paged || c.softcap ? 1 : row.stages_q;
+  c.staging = c.paged || (c.stages_q == 1 && row.staging == kInPlaceOfQ) ? kFromRegisters : row.staging;
   return valid(c) && smem_bytes(c) <= smem_per_block;
 }
 

@@ -71,6 +71,9 @@ struct Fiber {
   bool finished = false;
   std::vector<Multiplication> group;                // since the last commit
   std::vector<std::vector<Multiplication>> groups;  // committed
+  // Copies from shared memory that have not ended: those since the last commit, and the committed ones.
+  std::shared_ptr<int> stores = std::make_shared<int>(0);
+  std::vector<std::shared_ptr<int>> store_groups;
 };
 
 class Block {

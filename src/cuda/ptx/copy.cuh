@@ -50,6 +50,15 @@ __device__ __forceinline__ void ldmatrix_x4_trans(u32 (&r)[4], u32 shared) {
                : "memory");
 }
 
+#if __CUDA_ARCH__ >= 900
+// ldmatrix_x4 the other way. "stmatrix".
+__device__ __forceinline__ void stmatrix_x4(u32 shared, const u32 (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+#endif
+
 // "Data Movement and Conversion Instructions: ld", shared and 128 bits wide.
 __device__ __forceinline__ uint4 ld_shared_16(u32 shared) {
   uint4 x;

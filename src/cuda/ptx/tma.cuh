@@ -44,6 +44,17 @@ __device__ __forceinline__ void tma_load(u32 shared, const TensorMap& map, u32 b
       : "memory");
 }
 
+// The same from shared memory; what lies outside of the tensor is not written. A thread waits for the reads of the
+// copies that it has committed. "cp.async.bulk.commit_group", "cp.async.bulk.wait_group".
+__device__ __forceinline__ void tma_store(const TensorMap& map, u32 shared, i32 c0, i32 c1, i32 c2, i32 c3) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+                   reinterpret_cast<u64>(&map)),
+               "r"(shared), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+               : "memory");
+}
+__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
 // Makes this thread's writes to shared memory visible to wgmma and tensor copies. "fence.proxy.async".
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

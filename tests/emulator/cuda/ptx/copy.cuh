@@ -22,17 +22,27 @@ inline unsigned char* at(u32 shared, u32 bytes) {
   return smem + (shared - emulator::kSharedBase);
 }
 inline void st_shared_16(u32 shared, uint4 x) { std::memcpy(at(shared, 16), &x, 16); }
+inline uint4 ld_shared_16(u32 shared) {
+  uint4 x;
+  std::memcpy(&x, at(shared, 16), 16);
+  return x;
+}
 inline void opaque(u32&) {}
+inline void opaque(i64&) {}
 // Lane l gives the address of row l % 8 of matrix l / 8.
 inline void ldmatrix_x4(u32 (&r)[4], u32 shared) {
   const auto& addresses = emulator::block->exchange(shared);
   for (unsigned m = 0; m < 4; ++m)
     std::memcpy(&r[m], at(u32(addresses[m * 8 + emulator::lane() / 4]) + emulator::lane() % 4 * 4, 4), 4);
 }
+inline void stmatrix_x4(u32 shared, const u32 (&r)[4]) {
+  const auto& addresses = emulator::block->exchange(shared);
+  for (unsigned m = 0; m < 4; ++m)
+    std::memcpy(at(u32(addresses[m * 8 + emulator::lane() / 4]) + emulator::lane() % 4 * 4, 4), &r[m], 4);
+}
 // Not of this emulator: the declarations that other files need.
 void ldmatrix_x4_trans(u32 (&r)[4], u32 shared);
 void st_shared_4(u32 shared, u32 x);
-uint4 ld_shared_16(u32 shared);
 
 }  // namespace ptx
 }  // namespace strobe

@@ -34,36 +34,73 @@ inline void mbarrier_try_wait(u32 barrier, u32 parity) {
 }
 
 inline void prefetch_tensormap(const TensorMap&) {}
-// A map's first word is its description. The place is worthless from now on, and holds the box at some later time.
-inline void tma_load(u32 shared, const TensorMap& map, u32 barrier, i32 c0, i32 c1, i32 c2, i32 c3) {
-  const auto* box = reinterpret_cast<const host::TensorBox*>(map.opaque[0]);
-  const u32 bytes = box->box[0] * box->box[1] * box->box[2] * box->box[3] * 2;
+// A map's first word is its description. For each element of a box: where it lies in shared memory, and in the tensor,
+// null outside of it.
+template <class F>
+void for_box(const host::TensorBox& box, u32 shared, const i64 (&start)[4], F f) {
+  u32 row = 0;
+  for (u32 d = 0; d < box.box[3]; ++d)
+    for (u32 c = 0; c < box.box[2]; ++c)
+      for (u32 b = 0; b < box.box[1]; ++b, ++row)
+        for (u32 a = 0; a < box.box[0]; ++a) {
+          const i64 place[4] = {start[0] + a, start[1] + b, start[2] + c, start[3] + d};
+          bool exists = true;
+          i64 offset = place[0] * 2;
+          for (int i = 0; i < 4; ++i) exists &= place[i] >= 0 && u64(place[i]) < box.dims[i];
+          for (int i = 1; i < 4; ++i) offset += place[i] * i64(box.strides[i - 1]);
+          const u32 to = shared + row * 128 + a * 2;
+          char* const data = const_cast<char*>(static_cast<const char*>(box.data));
+          f(at(to ^ (to >> 7 & 7) << 4, 2), exists ? data + offset : nullptr);
+        }
+}
+inline u32 check_box(const host::TensorBox& box, u32 shared) {
   if (shared % 1024 != 0) {
-    std::printf("FAILED a box goes to a place that is no multiple of 1024 bytes\n");
+    std::printf("FAILED a box lies at a place that is no multiple of 1024 bytes\n");
     std::exit(1);
   }
+  return box.box[0] * box.box[1] * box.box[2] * box.box[3] * 2;
+}
+// The place is worthless from now on, and holds the box at some later time.
+inline void tma_load(u32 shared, const TensorMap& map, u32 barrier, i32 c0, i32 c1, i32 c2, i32 c3) {
+  const auto* box = reinterpret_cast<const host::TensorBox*>(map.opaque[0]);
+  const u32 bytes = check_box(*box, shared);
   std::memset(at(shared, bytes), 0xff, bytes);
   emulator::block->copies.push_back([=] {
-    const i64 start[4] = {c0, c1, c2, c3};
-    u32 row = 0;
-    for (u32 d = 0; d < box->box[3]; ++d)
-      for (u32 c = 0; c < box->box[2]; ++c)
-        for (u32 b = 0; b < box->box[1]; ++b, ++row)
-          for (u32 a = 0; a < box->box[0]; ++a) {
-            const i64 place[4] = {start[0] + a, start[1] + b, start[2] + c, start[3] + d};
-            bool exists = true;
-            i64 offset = place[0] * 2;
-            for (int i = 0; i < 4; ++i) exists &= place[i] >= 0 && u64(place[i]) < box->dims[i];
-            for (int i = 1; i < 4; ++i) offset += place[i] * i64(box->strides[i - 1]);
-            u16 value = 0;
-            if (exists) std::memcpy(&value, static_cast<const char*>(box->data) + offset, 2);
-            const u32 to = shared + row * 128 + a * 2;
-            std::memcpy(at(to ^ (to >> 7 & 7) << 4, 2), &value, 2);
-          }
+    for_box(*box, shared, {c0, c1, c2, c3}, [](void* to, const void* from) {
+      const u16 zero = 0;
+      std::memcpy(to, from ? from : &zero, 2);
+    });
     emulator::Barrier& b = barrier_at(barrier);
     b.bytes -= bytes;
     complete(b);
   });
+}
+// Reads shared memory at some later time.
+inline void tma_store(const TensorMap& map, u32 shared, i32 c0, i32 c1, i32 c2, i32 c3) {
+  const auto* box = reinterpret_cast<const host::TensorBox*>(map.opaque[0]);
+  check_box(*box, shared);
+  const auto group = emulator::block->fiber().stores;
+  ++*group;
+  emulator::block->copies.push_back([=] {
+    for_box(*box, shared, {c0, c1, c2, c3}, [](const void* from, void* to) {
+      if (to) std::memcpy(to, from, 2);
+    });
+    --*group;
+  });
+}
+inline void tma_store_commit() {
+  emulator::Fiber& f = emulator::block->fiber();
+  f.store_groups.push_back(f.stores);
+  f.stores = std::make_shared<int>(0);
+}
+inline void tma_store_wait_read() {
+  auto& groups = emulator::block->fiber().store_groups;
+  emulator::block->wait([&] {
+    for (const auto& group : groups)
+      if (*group) return false;
+    return true;
+  });
+  groups.clear();
 }
 
 inline void fence_proxy_async() {}
