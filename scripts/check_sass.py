@@ -18,7 +18,7 @@ from pathlib import Path
 OVERLAP = re.compile(rb"fwd_sm90\{.*?overlap=(\d)")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);")
 # What the loop's order is made of.
-SCORES_WAIT, OUTPUT_WAIT, EXPONENTIAL, MULTIPLY, PACK = "scores", "output", "ex2", "gemm", "pack"
+SCORES_WAIT, OUTPUT_WAIT, EXPONENTIAL, MULTIPLY = "scores", "output", "ex2", "gemm"
 
 
 def find_nvdisasm() -> str:
@@ -51,22 +51,18 @@ def events(sass: str) -> list[str]:
             found.append(EXPONENTIAL)
         elif operation.startswith("HGMMA"):
             found.append(MULTIPLY)
-        elif operation.startswith("F2FP"):
-            found.append(PACK)
     return found
 
 
 def shares(found: list[str]) -> list[float]:
-    """Of each loop body: the share of its exponentials that stand before the wait for the output. Where numbers are
-    packed before that wait and no exponential is taken, an item ends: its rows leave under the next one's scores."""
+    """Of each loop body: the share of its exponentials that stand before the wait for the output."""
     result = []
     for start, event in enumerate(found):
         if event != SCORES_WAIT:
             continue
         body = list(itertools.takewhile(lambda e: e not in (SCORES_WAIT, MULTIPLY), found[start + 1 :]))
         under = body[: body.index(OUTPUT_WAIT)] if OUTPUT_WAIT in body else body
-        if PACK not in under or EXPONENTIAL in under:
-            result.append(under.count(EXPONENTIAL) / max(1, body.count(EXPONENTIAL)))
+        result.append(under.count(EXPONENTIAL) / max(1, body.count(EXPONENTIAL)))
     return result
 
 

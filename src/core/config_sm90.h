@@ -5,8 +5,8 @@
 
 namespace strobe {
 
-// How an item's rows leave: from registers, or by tensor copies from shared memory, where they lie in the place of their
-// queries or in a place of their own.
+// How an item's rows leave: from registers, or by tensor copies from shared memory, where they lie in the place of
+// their queries or in a place of their own.
 enum Staging { kFromRegisters, kInPlaceOfQ, kInOwnPlace };
 
 struct FwdSm90Config {
@@ -14,13 +14,13 @@ struct FwdSm90Config {
   i32 head_dim = 0, head_dim_v = 0;  // as in memory
   i32 block_m = 0, block_n = 0;      // query rows, 64 a consumer warpgroup, and keys of a tile
   i32 stages = 0;                    // of K and of V
-  i32 stages_q = 1;  // 2: an item's queries arrive before the item before has ended
-  i32 pingpong = 0;  // consumers take turns with the tensor cores
-  i32 overlap = 1;   // a tile is multiplied by V under the next one's exponentials; 0: after them, with fewer registers
-  i32 packed = 0;    // sequences of their own lengths: a tile's sequence is found by a scan over them
-  i32 paged = 0;     // rows of a box of K or V, which divide a page; 0: not paged
-  i32 split = 0;     // writes partial results
-  i32 pack = 0;      // query heads that share K and V heads share a tile
+  i32 stages_q = 1;                  // 2: an item's queries arrive before the item before has ended
+  i32 pingpong = 0;                  // consumers take turns with the tensor cores
+  i32 overlap = 1;  // a tile is multiplied by V under the next one's exponentials; 0: after them, with fewer registers
+  i32 packed = 0;   // sequences of their own lengths: a tile's sequence is found by a scan over them
+  i32 paged = 0;    // rows of a box of K or V, which divide a page; 0: not paged
+  i32 split = 0;    // writes partial results
+  i32 pack = 0;     // query heads that share K and V heads share a tile
   i32 softcap = 0;
   i32 staging = kFromRegisters;
 

@@ -17,7 +17,7 @@ struct FwdSm90Launch {
   AttnParams p;
   float* partial_out;    // as in FwdLaunch
   float* partial_state;  // as in FwdLaunch
-  u32* counter;          // the next tile, 0 before the launch; null: each block takes every gridDim.x-th tile
+  u32* counter;          // tiles dealt out after each block's first, 0 before the launch; null: no block asks
   FastDivisor page;      // page_size
   FastDivisor group;     // query heads that share a tile
   FastDivisor heads_per_k, heads_per_v;  // num_heads / num_heads_k, num_heads / num_heads_v

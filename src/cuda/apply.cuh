@@ -24,19 +24,19 @@ __device__ __forceinline__ RowKeys row_keys(const BasicMask<Int>& mask, i32 i) {
 template <int kM, int kN, class KeysOf>
 __device__ __forceinline__ void apply_mask(Fragment<kM, kN>& s, i32 first, KeysOf keys_of) {
   using F = Fragment<kM, kN>;
-  const i32 origin = first + F::col(0);
+  static_assert(F::kCols <= 64);
 #pragma unroll
   for (int r = 0; r < F::kRows; ++r) {
     const RowKeys keys = keys_of(r);
-    // A lane's columns of 32, as bits.
+    // A lane's even columns as bits, which lie 8 keys apart, then its odd ones.
 #pragma unroll
-    for (int group = 0; group < F::kCols; group += 8) {
-      const i32 at = origin + group * 4;
-      const u32 seen =
-          (ptx::low_bits(keys.end - at) & ~ptx::low_bits(keys.begin - at)) | ptx::low_bits(keys.kept_end - at);
+    for (int odd = 0; odd < 2; ++odd) {
+      const i32 origin = first + F::col(odd);
+      const auto before = [&](i32 key) { return ptx::low_bits((key - origin + 7) >> 3); };
+      const u32 seen = (before(keys.end) & ~before(keys.begin)) | before(keys.kept_end);
 #pragma unroll
-      for (int c = group; c < min(group + 8, F::kCols); ++c)
-        if ((seen >> (c % 8 / 2 * 8 + c % 2) & 1) == 0) s.at(r, c) = kNegInfinity;
+      for (int bit = 0; bit < F::kCols / 2; ++bit)
+        if ((seen >> bit & 1) == 0) s.at(r, 2 * bit + odd) = kNegInfinity;
     }
   }
 }

@@ -32,7 +32,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
   Sm90Softmax softmax;
   Fragment<16, kWidth> out;
   Operand<16, kKeys> probabilities;  // of the tile before
-  bool leaving = false;              // the rows of the item before are being copied from the place of their queries
+  bool leaving = false;              // rows of the item before are being copied
 
   const auto turn_wait = [&] {
     if constexpr (C.pingpong) ptx::bar_sync(kTurnBarrier + u32(warpgroup), 256);
@@ -54,10 +54,11 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
   const auto q_release = [&](u32 stage) {
     if (lane_id() == 0) ptx::mbarrier_arrive(shared.q_free(stage));
   };
+  // Gives their place back.
   const auto end_leaving = [&] {
-    if (C.staging != kInPlaceOfQ || !leaving) return;
+    if (C.staging == kFromRegisters || !leaving) return;
     if (lane_id() == 0) ptx::tma_store_wait_read();
-    q_release(q_ring.stage ^ 1);
+    if constexpr (C.staging == kInPlaceOfQ) q_release(q_ring.stage ^ 1);
     leaving = false;
   };
   if (C.pingpong && warpgroup == consumers(C) - 1) turn_pass();
@@ -91,6 +92,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
     const u32 q = shared.q(q_ring.stage, warpgroup);
     i32 left = head.tiles;
     bool begun = false;  // whether there is a tile before
+    bool fresh = true;   // whether there is no output either
 
     const auto score = [&](auto& s, i32 tile, auto masked) {
       if constexpr (!kPlain) apply_score<true, false>(s, p.scale, p.softcap, [](int) { return RowBias{}; });
@@ -123,9 +125,10 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
         score(s, tile, Int<0>{});
       else
         score(s, tile, Int<1>{});
-      const bool moves = softmax.update(s, log2_scale);
+      softmax.update(s, log2_scale, true);
       probabilities = to_operand<kType>(s);
-      if (kSkips && moves) softmax.rescale(out);
+      if (kSkips && !fresh) softmax.rescale(out);
+      fresh = false;
       // What lies behind a sequence's keys is multiplied by 0, which NaN survives.
       if (stale) {
         v_wait();
@@ -313,29 +316,20 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
     if (head.tiles > 0) {
       if (!kSkips || begun) {
         v_wait();
-        turn_wait();
         issue_last();
-        turn_pass();
         finish_last();
-      } else {
-        turn_wait();
-        turn_pass();
       }
     }
     finish_state<C>(scale, softmax, launch, work, row0);
     if constexpr (C.staging == kFromRegisters) {
       write_rows<C>(out, scale, launch, work, row0);
     } else {
-      if constexpr (C.staging == kInOwnPlace) {
-        if (lane_id() == 0) ptx::tma_store_wait_read();  // long since
-        __syncwarp();
-      }
       stage_rows<C>(out, scale, launch, work, row0, place);
       leaving = true;
     }
     clear();
   }
-  if (C.staging != kFromRegisters && lane_id() == 0) ptx::tma_store_wait_read();  // shared memory outlives the copies
+  end_leaving();  // shared memory outlives the copies
 }
 
 template <FwdSm90Config C>

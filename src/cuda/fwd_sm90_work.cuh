@@ -39,10 +39,10 @@ struct Sm90Scheduler {
   }
   // Called when the last tiles wait for their stages: a block that is still busy must not take another one.
   __device__ __forceinline__ void fetch(const FwdSm90Launch& launch) {
-    if (launch.counter) {
+    if (launch.counter && i32(number) >= 0) {  // the first tile is the block's own: asking takes long
       u32 n = 0;
       if (lane_id() == 0) n = atomicAdd(launch.counter, 1u);
-      number = __shfl_sync(0xffffffffu, n, 0);
+      number = gridDim.x + __shfl_sync(0xffffffffu, n, 0);
     } else {
       number += gridDim.x;
     }
@@ -123,8 +123,8 @@ struct Sm90Work {
     i32 first_row;  // packed rows: token * group + head within the group; -1: there is no more work
     i32 tiles;      // of the walk
     i32 stale;      // rows of V in the first tile that must not be read begin here
-    i32 start;      // bit 0: the run of the first tile; 1: some tile is masked; kKeptAlone: of the run of kept tokens, the
-                    // first kKeptKeys keys are all that is seen
+    i32 start;  // bit 0: the run of the first tile; 1: some tile is masked; kKeptAlone: of the run of kept tokens, the
+                // first kKeptKeys keys are all that is seen
   } head;
   struct alignas(16) {
     i32 begin, full_begin, full_end, end;

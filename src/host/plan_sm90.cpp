@@ -12,6 +12,7 @@ namespace {
 constexpr i64 kWarpgroupRows = 64;
 constexpr i64 kPackWholeTokens = 4096;   // longer queries fill their tiles without packing, if nothing is masked
 constexpr i64 kMostRows = i64(1) << 30;  // the kernel counts them in 32 bits
+constexpr i32 kFewBlockRows = 128;       // of a tile, where there are few
 
 // Whether tensor copies can read a tensor with these sizes: they take strides that are multiples of 16 bytes.
 bool copyable(const Rows& rows, i64 count, i64 heads, i64 batches) {
@@ -64,21 +65,30 @@ Shape shape_of(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune*
   const bool packs = p.seqlen_q <= kPackWholeTokens || masked(p) || ragged(p);
   if (!packs || p.seqlen_q * s.group > kMostRows) s.group = 1;
   c.pack = s.group > 1;
-  const i64 rows = p.seqlen_q * s.group;
+  const i64 rows = p.seqlen_q * s.group, groups = p.num_heads / s.group;
+  const auto blocks_of = [&](const FwdSm90Config& config) {
+    const i64 all = p.batch * ceil_div<i64>(rows, config.block_m);
+    return groups * (c.packed ? min(all, p.total_q * s.group / config.block_m + p.batch) : all);
+  };
   s.fits = tile ? set_tile(c, *tile, device.smem_per_block)
                 : tune_forward_sm90(c, rows, sight_of(p, s.group), device.smem_per_block);
   if (!s.fits) return s;
+  // Tall tiles leave much of the GPU idle where there are few of them.
+  FwdSm90Config lower = c;
+  if (!tile && c.block_m > kFewBlockRows && !fills(blocks_of(c), device.sm_count) &&
+      tune_forward_sm90(lower, rows, sight_of(p, s.group), device.smem_per_block, kFewBlockRows))
+    c = lower;
   s.m_blocks = ceil_div<i64>(rows, c.block_m);
-  const i64 groups = p.num_heads / s.group;
-  s.blocks =
-      groups * (c.packed ? min(p.batch * s.m_blocks, p.total_q * s.group / c.block_m + p.batch) : p.batch * s.m_blocks);
+  s.blocks = blocks_of(c);
   s.key_tiles = ceil_div<i64>(visible_keys(p, ceil_div<i64>(min<i64>(rows, c.block_m), s.group)), c.block_n);
   return s;
 }
 
-i64 splits_of(const Shape& s, const DeviceInfo& device) {
-  constexpr i64 kFewestKeys = 256;  // of a part: fewer cost more to merge than they save
-  return choose_splits(s.blocks, s.key_tiles * s.config.block_n / kFewestKeys, device.sm_count);
+// Parts of fewer keys cost more to write and to merge, which grows with their rows, than they save.
+i64 splits_of(const AttnParams& p, const Shape& s, const DeviceInfo& device) {
+  const i64 rows = min<i64>(p.seqlen_q * s.group, s.config.block_m);
+  const i64 fewest = rows <= kWarpgroupRows ? 256 : rows * 8;
+  return choose_splits(s.blocks, s.key_tiles * s.config.block_n / fewest, device.sm_count);
 }
 
 // Groups of heads whose row blocks are dealt out together: as many as share the L2 cache with their K and V. The
@@ -153,7 +163,7 @@ bool prefers_sm90(const AttnParams& p, const DeviceInfo& device) {
   const bool one_wave = s.blocks <= device.sm_count;
   if (rows <= kReadRows) {
     if (keys <= kFewKeys) return false;  // there is nothing to gain, and tensor maps take time of the host
-    return one_wave && (keys >= kLongKeys || splits_of(s, device) == 1);
+    return one_wave && (keys >= kLongKeys || splits_of(p, s, device) == 1);
   }
   // Row blocks with a tile of keys each cost what starting them costs.
   return one_wave || rows > kWarpgroupRows || keys * (p.head_dim + p.head_dim_v) * 2 > kTinyBytes;
@@ -162,7 +172,7 @@ bool prefers_sm90(const AttnParams& p, const DeviceInfo& device) {
 void add_forward_sm90(Plan& plan, const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune* tile) {
   if (empty(p)) return;
   Shape s = shape_of(p, device, tile);
-  reserve_splits(plan, p, splits_of(s, device));
+  reserve_splits(plan, p, splits_of(p, s, device));
   s.config.split = plan.num_splits > 1;
   if (s.config.split) s.config.stages_q = 1, s.config.staging = kFromRegisters;  // parts are long, and registers few
   const i64 tiles = s.blocks * plan.num_splits, grid = min<i64>(tiles, device.sm_count);
@@ -228,12 +238,12 @@ void fill_forward_sm90(const AttnParams& p, const Plan& plan, void* workspace, L
             {rows.head_stride, rows.row_stride, rows.batch_stride}, {u32(heads), u32(count / heads)});
   };
   add_rows(forward.q, p.q, p.head_dim, kWarpgroupRows);
-  if (c.staging) add_rows(forward.out, p.out, p.head_dim_v, kStagedRows);
   const u32 rows = u32(c.paged ? c.paged : c.block_n);
   add_box(params, forward.k, p, p.k, p.head_dim, {keys.rows, p.num_heads_k, keys.batches},
           {p.k.row_stride, p.k.head_stride, p.k.batch_stride}, {rows, 1});
   add_box(params, forward.v, p, p.v, p.head_dim_v, {keys.rows, p.num_heads_v, keys.batches},
           {p.v.row_stride, p.v.head_stride, p.v.batch_stride}, {rows, 1});
+  if (c.staging != kFromRegisters) add_rows(forward.out, p.out, p.head_dim_v, kStagedRows);
   fill_combine(p, plan, workspace, params);
 }
 

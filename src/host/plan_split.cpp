@@ -20,7 +20,7 @@ i64 visible_keys(const AttnParams& p, i64 tokens) {
 }
 
 i64 choose_splits(i64 blocks, i64 most, i64 slots) {
-  if (blocks * 5 >= slots * 4) return 1;
+  if (fills(blocks, slots)) return 1;
   const i64 limit = min(kMaxSplits, most);
   const auto busy = [&](i64 splits) {
     const i64 all = blocks * splits, waves = ceil_div(all, slots);

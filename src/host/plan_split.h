@@ -25,7 +25,10 @@ i64 heads_in_common(const AttnParams& p);
 // Keys that a row block of `tokens` queries can see at most.
 i64 visible_keys(const AttnParams& p, i64 tokens);
 
-// The fewest splits that keep `slots`, the places for blocks on the GPU, nearly as busy as the best number does.
+// Whether blocks keep nearly all of `slots`, the places for blocks on the GPU, busy.
+constexpr bool fills(i64 blocks, i64 slots) { return blocks * 5 >= slots * 4; }
+
+// The fewest splits that keep `slots` nearly as busy as the best number does.
 // `blocks`: without splits. `most`: splits that leave each of them enough to do.
 i64 choose_splits(i64 blocks, i64 most, i64 slots);
 

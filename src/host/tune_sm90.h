@@ -31,43 +31,48 @@ constexpr int kAnyRows = 1 << 30;
 constexpr FwdSm90Tune kFwdSm90Tune[] = {
     // One consumer: the memory's rate matters, not the tensor cores. It is best with 64 KB on their way to each
     // multiprocessor; 160 KB were a tenth slower.
-    {64,  64,  64, kSomeKeys,  64, 128, 2, 0, 1, 1},
-    {64, 128, 128, kSomeKeys,  64,  64, 2, 0, 1, 1},
-    {64, 192, 192, kSomeKeys,  64,  48, 2, 0, 1, 1},
-    {64, 256, 256, kSomeKeys,  64,  32, 2, 0, 1, 1},
+    {64,  64,  64, kSomeKeys,  64, 128, 2, 0, 1, 1, kFromRegisters},
+    {64, 128, 128, kSomeKeys,  64,  64, 2, 0, 1, 1, kFromRegisters},
+    {64, 192, 192, kSomeKeys,  64,  48, 2, 0, 1, 1, kFromRegisters},
+    {64, 256, 256, kSomeKeys,  64,  32, 2, 0, 1, 1, kFromRegisters},
     // Windows: of these and the tile for all calls the one that computes the fewest keys (window_cost).
-    {kAnyRows,  64,  64, kWindow, 256,  64, 4, 1, 0, 2},
-    {kAnyRows,  64,  64, kWindow, 256,  80, 4, 1, 0, 2},
-    {kAnyRows,  96,  96, kWindow, 256,  48, 3, 1, 0, 2},
-    {kAnyRows, 128, 128, kWindow, 192,  48, 4, 1, 1, 2},
-    {kAnyRows, 128, 128, kWindow, 192,  64, 4, 1, 1, 1},
-    {kAnyRows, 128, 128, kWindow, 192,  80, 3, 1, 1, 2},
+    {kAnyRows,  64,  64, kWindow, 256,  64, 4, 1, 0, 2, kInPlaceOfQ},
+    {kAnyRows,  64,  64, kWindow, 256,  80, 4, 1, 0, 2, kInPlaceOfQ},
+    {kAnyRows,  96,  96, kWindow, 256,  48, 3, 1, 0, 2, kInPlaceOfQ},
+    {kAnyRows, 128, 128, kWindow, 192,  48, 4, 1, 1, 2, kInPlaceOfQ},
+    {kAnyRows, 128, 128, kWindow, 192,  64, 3, 1, 1, 2, kInPlaceOfQ},
+    {kAnyRows, 128, 128, kWindow, 192,  80, 3, 1, 1, 2, kInPlaceOfQ},
     // Without overlap: four consumers, or wide tiles. Short sequences: of smaller tiles less is computed for nothing,
     // and 1024 rows are 5.3 tiles of 192.
-    {     192,  64,  64, kSomeKeys, 192, 128, 3, 1, 1, 2},
-    {    4096,  64,  64, kSomeKeys, 256,  64, 4, 1, 0, 2},
-    {kAnyRows,  64,  64, kSomeKeys, 256,  80, 4, 1, 0, 2},
-    {    1024,  96,  96, kSomeKeys, 256,  48, 3, 1, 0, 2},
-    {kAnyRows,  96,  96, kSomeKeys, 192, 144, 2, 1, 0, 1},
+    {     192,  64,  64, kSomeKeys, 192, 128, 3, 1, 1, 2, kInPlaceOfQ},
+    {kAnyRows,  64,  64, kSomeKeys, 256,  64, 4, 1, 0, 2, kInPlaceOfQ},
+    {    1024,  96,  96, kSomeKeys, 256,  48, 3, 1, 0, 2, kInPlaceOfQ},
+    {kAnyRows,  96,  96, kSomeKeys, 192, 144, 2, 1, 0, 1, kFromRegisters},
     // Soft caps take what overlaps.
-    {kAnyRows,  64,  64, kSomeKeys, 192, 128, 3, 1, 1, 2},
-    {kAnyRows,  96,  96, kSomeKeys, 192, 112, 2, 1, 1, 2},
-    {    1024,  64, 128, kEveryKey, 128, 128, 2, 1, 1, 2},
-    {    1024,  64, 128, kSomeKeys, 192,  96, 4, 1, 0, 2},
-    {kAnyRows,  64, 128, kSomeKeys, 192, 112, 3, 1, 0, 2},
-    {    1024, 128, 128, kEveryKey, 128, 128, 2, 1, 1, 1},
-    {    1024, 128, 128, kSomeKeys, 192,  96, 2, 1, 0, 2},
-    {kAnyRows, 128, 128, kSomeKeys, 192,  80, 3, 1, 1, 2},
-    {    1024, 192, 128, kSomeKeys, 128, 128, 2, 1, 1, 1},
-    {kAnyRows, 192, 128, kSomeKeys, 192,  80, 2, 1, 1, 1},
+    {kAnyRows,  64,  64, kSomeKeys, 192, 128, 3, 1, 1, 2, kInPlaceOfQ},
+    {kAnyRows,  96,  96, kSomeKeys, 192, 112, 2, 1, 1, 2, kInPlaceOfQ},
+    {    1024,  64, 128, kSomeKeys, 192,  96, 3, 1, 0, 2, kInOwnPlace},
+    {kAnyRows,  64, 128, kSomeKeys, 192, 112, 3, 1, 0, 2, kInOwnPlace},
+    {    1024, 128, 128, kEveryKey, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},
+    {     512, 128, 128, kSomeKeys, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},
+    {    1024, 128, 128, kSomeKeys, 192,  96, 2, 1, 0, 2, kInPlaceOfQ},
+    {kAnyRows, 128, 128, kSomeKeys, 192,  80, 3, 1, 1, 2, kInPlaceOfQ},
+    {kAnyRows, 128, 128, kSomeKeys, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},  // where there are few
+    {     512, 192, 128, kSomeKeys, 128,  64, 3, 1, 1, 2, kInPlaceOfQ},
+    {    1024, 192, 128, kEveryKey, 128,  96, 2, 1, 1, 2, kInPlaceOfQ},
+    {    1024, 192, 128, kSomeKeys, 128,  64, 3, 1, 1, 2, kInPlaceOfQ},
+    {    4096, 192, 128, kSomeKeys, 192,  64, 3, 1, 1, 1, kFromRegisters},
+    {kAnyRows, 192, 128, kSomeKeys, 192,  80, 2, 1, 1, 1, kFromRegisters},
     // Pages.
-    {kAnyRows, 128, 128, kEveryKey, 128, 176, 2, 1, 1, 1},
-    {kAnyRows, 128, 128, kSomeKeys, 128, 128, 2, 1, 1, 1},
-    {kAnyRows, 192, 128, kSomeKeys, 128, 128, 2, 0, 1, 1},
-    {kAnyRows, 256, 128, kSomeKeys, 128,  96, 2, 0, 1, 1},
-    {kAnyRows, 192, 192, kSomeKeys, 128, 112, 2, 0, 1, 1},
-    {kAnyRows, 128, 256, kSomeKeys, 128,  80, 2, 0, 1, 1},
-    {kAnyRows, 256, 256, kSomeKeys, 128,  64, 2, 1, 1, 1},
+    {kAnyRows, 128, 128, kEveryKey, 128, 176, 2, 1, 1, 1, kFromRegisters},
+    {kAnyRows, 128, 128, kSomeKeys, 128, 128, 2, 1, 1, 1, kFromRegisters},
+    {kAnyRows, 192, 128, kSomeKeys, 128, 128, 2, 0, 1, 1, kFromRegisters},
+    // Wide heads.
+    {kAnyRows, 256, 128, kSomeKeys, 128,  96, 2, 0, 1, 1, kFromRegisters},
+    {kAnyRows, 128, 192, kSomeKeys, 128, 128, 2, 1, 1, 1, kFromRegisters},
+    {kAnyRows, 192, 192, kSomeKeys, 128, 112, 2, 0, 1, 1, kFromRegisters},
+    {kAnyRows, 128, 256, kSomeKeys, 128,  80, 2, 0, 1, 1, kFromRegisters},
+    {kAnyRows, 256, 256, kSomeKeys, 128,  64, 2, 1, 1, 1, kFromRegisters},
 };
 // clang-format on
 
@@ -79,31 +84,34 @@ constexpr bool set_tile(FwdSm90Config& c, const FwdSm90Tune& row, i64 smem_per_b
   c.pingpong = row.pingpong;
   c.overlap = row.overlap;
   if (c.paged) c.paged = std::gcd(c.paged, c.block_n);
-  // A second stage of Q has no registers beside a soft cap, and was not timed for packed sequences.
-  c.stages_q = c.paged || c.softcap ? 1 : row.stages_q;
-  c.staging = c.paged || (c.stages_q == 1 && row.staging == kInPlaceOfQ) ? kFromRegisters : row.staging;
+  const bool registers = !(c.packed && c.softcap);  // for more than the least
+  c.stages_q = registers ? row.stages_q : 1;
+  const bool fits = row.staging != kInPlaceOfQ || panels(c.head_dim_v) <= panels(c.head_dim);
+  c.staging = registers && fits && !c.paged ? row.staging : i32(kFromRegisters);
   return valid(c) && smem_bytes(c) <= smem_per_block;
 }
 
 // Keys that the warpgroups of a tile compute, and a few for each step, where tiles end with the tile's last row
 // (Mask::shift).
 constexpr i64 window_cost(const FwdSm90Config& c, const Sight& sight) {
-  constexpr i64 kStep = 4;
+  constexpr i64 kStep = 18;
   i64 tiles = 0;
   for (i64 w = 0; w < consumers(c); ++w)
     tiles += ceil_div((w + 1) * sight.tokens + sight.reach, i64(c.block_n)) - w * sight.tokens / c.block_n;
   return tiles * (c.block_n + kStep) * (c.overlap ? 9 : 8) / consumers(c);  // without overlap a key costs less
 }
 
-// Fills the tile of `c`, whose other fields are set. False where no row fits.
-constexpr bool tune_forward_sm90(FwdSm90Config& c, i64 rows, const Sight& sight, i64 smem_per_block) {
+// Fills the tile of `c`, whose other fields are set, of at most `most` rows. False where no row fits.
+constexpr bool tune_forward_sm90(FwdSm90Config& c, i64 rows, const Sight& sight, i64 smem_per_block,
+                                 i32 most = kAnyRows) {
   FwdSm90Config best;
   i64 least = kUnbounded;
   for (const FwdSm90Tune& row : kFwdSm90Tune) {
     if (rows > row.max_rows || round_up_16(c.head_dim) > row.max_dim || round_up_16(c.head_dim_v) > row.max_dim_v ||
-        (row.masking != kSomeKeys && row.masking != sight.masking))
+        (row.masking != kSomeKeys && row.masking != sight.masking) || row.block_m > most)
       continue;
-    if (c.paged && row.block_m >= 192) continue;  // beside three consumers, a producer of pages has too few registers
+    // Beside three consumers a producer of pages has too few registers; it brings one stage of Q.
+    if (c.paged && (row.block_m >= 192 || row.stages_q > 1)) continue;
     if (!set_tile(c, row, smem_per_block)) continue;
     if (sight.masking != kWindow) return true;
     const i64 cost = window_cost(c, sight);

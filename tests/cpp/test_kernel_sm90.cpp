@@ -243,8 +243,8 @@ int passed = 0, failed = 0;
 
 template <FwdSm90Config C>
 void run(int problems, unsigned seed) {
-  constexpr FwdSm90Tune kTile = {kAnyRows,  256,      256,        kSomeKeys, C.block_m, C.block_n,
-                                 C.stages,  C.pingpong, C.overlap, C.stages_q, C.staging};
+  constexpr FwdSm90Tune kTile = {kAnyRows, 256,        256,       kSomeKeys,  C.block_m, C.block_n,
+                                 C.stages, C.pingpong, C.overlap, C.stages_q, C.staging};
   for (int n = 0; n < problems; ++n) {
     rng.seed(seed * 1000 + unsigned(n));
     Problem problem;

@@ -61,9 +61,9 @@ void pack_sequences(AttnParams& p, i64 total_k) {
 
 FwdSm90Config config_of(const Plan& plan) {
   FwdSm90Config c;
-  i32* const values[] = {&c.dtype,    &c.head_dim, &c.head_dim_v, &c.block_m, &c.block_n, &c.stages, &c.stages_q,
-                         &c.pingpong, &c.overlap,  &c.packed,     &c.paged,   &c.split,   &c.pack,   &c.softcap,
-                         &c.staging};
+  i32* const values[] = {&c.dtype,  &c.head_dim, &c.head_dim_v, &c.block_m, &c.block_n,
+                         &c.stages, &c.stages_q, &c.pingpong,   &c.overlap, &c.packed,
+                         &c.paged,  &c.split,    &c.pack,       &c.softcap, &c.staging};
   for (size_t i = 0; i < std::size(values); ++i) *values[i] = plan.launches[0].kernel.values[i];
   static_assert(sizeof c == sizeof(i32) * std::size(values));  // every field is there
   return c;
@@ -106,7 +106,8 @@ void check(const AttnParams& p, const std::string& call) {
   expect((forward->counter != nullptr) == (plan.zero_bytes > 0), "a counter is cleared before the kernel", call);
   expect(!forward->counter || (blocks.zero == forward->counter && plan.zero_bytes >= i64(sizeof(u32))),
          "what is cleared is the counter", call);
-  expect(blocks.box_count == 3 + (c.staging != strobe::kFromRegisters), "tensor maps of q, k, v, and of out where rows are staged", call);
+  expect(blocks.box_count == 3 + (c.staging != strobe::kFromRegisters),
+         "tensor maps of q, k, v, and of out where rows are staged", call);
   for (int i = 0; i < blocks.box_count; ++i) {
     const TensorBox& b = blocks.boxes[i];
     expect(reinterpret_cast<uintptr_t>(b.map) % 64 == 0, "a map is aligned", call);
@@ -177,8 +178,9 @@ void test_packing() {
 // The engine's own tiles fit every pair of dims that the table says they serve.
 void test_tiles() {
   for (const FwdSm90Tune& row : kFwdSm90Tune) {
-    const FwdSm90Config c = {i32(DType::bf16), row.max_dim,  row.max_dim_v, row.block_m, row.block_n,
-                             row.stages,       row.stages_q, row.pingpong,  row.overlap};
+    FwdSm90Config c = {i32(DType::bf16), row.max_dim,  row.max_dim_v, row.block_m, row.block_n,
+                       row.stages,       row.stages_q, row.pingpong,  row.overlap};
+    c.staging = row.staging;
     expect(valid(c) && smem_bytes(c) <= typical_device(90).smem_per_block, "a row of the table fits",
            "dims " + std::to_string(row.max_dim) + ", " + std::to_string(row.max_dim_v));
   }
