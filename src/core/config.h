@@ -77,6 +77,7 @@ constexpr bool valid(const FwdConfig& c) {
 struct CombineConfig {
   i32 dtype = 0;
   i32 head_dim_v = 0;
+  i32 rows = 1;  // of a block: one, whose parts its warps share, or one for each of its kCombineWarps warps
 
   constexpr bool operator==(const CombineConfig&) const = default;
 };
@@ -84,10 +85,14 @@ template <class F>
 constexpr void fields(const CombineConfig& c, F f) {
   f("dtype", c.dtype);
   f("head_dim_v", c.head_dim_v);
+  f("rows", c.rows);
 }
-constexpr int threads(const CombineConfig&) { return 128; }
-constexpr i64 smem_bytes(const CombineConfig& c) { return i64(threads(c) / 32 - 1) * c.head_dim_v * 4; }
-constexpr bool valid(const CombineConfig& c) { return c.head_dim_v > 0 && c.head_dim_v % 8 == 0; }
+constexpr int kCombineWarps = 4;
+constexpr int threads(const CombineConfig&) { return kCombineWarps * 32; }
+constexpr i64 smem_bytes(const CombineConfig& c) { return c.rows == 1 ? i64(kCombineWarps - 1) * c.head_dim_v * 4 : 0; }
+constexpr bool valid(const CombineConfig& c) {
+  return c.head_dim_v > 0 && c.head_dim_v % 8 == 0 && (c.rows == 1 || c.rows == kCombineWarps);
+}
 
 // Puts new keys and values into the cache and turns q by rotary position.
 struct AppendConfig {

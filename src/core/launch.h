@@ -43,7 +43,7 @@ struct CombineLaunch {
   const float* partial_out;
   const float* partial_state;
   i32 num_splits;
-  FastDivisor rows, heads;  // blockIdx.x counts rows of q first, then heads and sequences
+  FastDivisor rows, heads;  // blocks count rows of q first, then heads and sequences
 
   STROBE_HD static CombineLaunch of(const AttnParams& p, const float* out, const float* state, i32 num_splits) {
     return {p, out, state, num_splits, FastDivisor::of(u32(p.seqlen_q)), FastDivisor::of(u32(p.num_heads))};

@@ -1,5 +1,5 @@
-// Merges the parts of a split forward pass: one block per query row and head, whose warps share the parts. The learned
-// sink joins here, once.
+// Merges the parts of a split forward pass. Few rows of many parts have a block each, whose warps share the parts; else
+// each warp has a row. The learned sink joins here, once.
 #pragma once
 
 #include "core/config.h"
@@ -15,18 +15,20 @@ template <CombineConfig C>
 __global__ __launch_bounds__(threads(C)) void combine(const __grid_constant__ CombineLaunch launch) {
   static_assert(valid(C));
   constexpr DType kType = DType(C.dtype);
-  constexpr int kWarps = threads(C) / 32, kDim = C.head_dim_v;
-  constexpr int kEach = (kDim + 127) / 128;  // a lane's groups of four columns
+  constexpr bool kShares = C.rows == 1;
+  constexpr int kWarps = kShares ? kCombineWarps : 1, kDim = C.head_dim_v;  // of a row
+  constexpr int kEach = (kDim + 127) / 128;                                 // a lane's groups of four columns
   extern __shared__ __align__(1024) unsigned char smem[];
 
   const AttnParams& p = launch.p;
-  u32 n = blockIdx.x;
+  u32 n = blockIdx.x * C.rows + (kShares ? 0 : warp_id());
   const u32 i = launch.rows.take(n), h = launch.heads.take(n);
+  if (!kShares && n >= p.batch) return;
   const SeqInfo seq = SeqInfo::of(p, n);
   ptx::wait_for_prerequisites();
   if (i >= seq.rows_q) return;
   u16* const out = static_cast<u16*>(p.out.data) + seq.q_index(p.out, i, h);
-  const int lane = lane_id(), warp = warp_id();
+  const int lane = lane_id(), warp = kShares ? warp_id() : 0;
   const bool used = i < seq.seqlen_q;
   const i64 first = h * p.total_q + global_row(p, seq, i), stride = p.num_heads * p.total_q;
 
@@ -80,13 +82,15 @@ __global__ __launch_bounds__(threads(C)) void combine(const __grid_constant__ Co
     }
   }
   float4* const shared = reinterpret_cast<float4*>(smem);
+  if constexpr (kShares) {
 #pragma unroll
-  for (int e = 0; e < kEach; ++e) {
-    const int col = e * 128 + lane * 4;
-    if (warp > 0 && col < kDim) shared[((warp - 1) * kDim + col) / 4] = sum[e];
+    for (int e = 0; e < kEach; ++e) {
+      const int col = e * 128 + lane * 4;
+      if (warp > 0 && col < kDim) shared[((warp - 1) * kDim + col) / 4] = sum[e];
+    }
+    __syncthreads();  // the others' sums are there
+    if (warp > 0) return;
   }
-  __syncthreads();
-  if (warp > 0) return;
 
   RowResult result = {0.f, kInfinity};
   if (used) result = finalize(row, p.s_aux ? p.s_aux + h : nullptr);

@@ -308,7 +308,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       }
     }
     end_leaving();  // where the item had no first tile here
-    __syncwarp();   // every lane has read the item
+    __syncwarp();   // every lane knows of this item
     if constexpr (C.staging != kInPlaceOfQ) q_release(q_ring.stage);
     const u32 place = shared.rows(q_ring.stage, warpgroup);
     q_ring.advance();

@@ -1,6 +1,7 @@
 // Chooses tiles, packing and splits from the problem's shape alone: lengths in device memory are not read.
 #include "host/plan_sm90.h"
 
+#include <cmath>
 #include <numeric>
 
 #include "host/plan_forward.h"
@@ -12,7 +13,7 @@ namespace {
 constexpr i64 kWarpgroupRows = 64;
 constexpr i64 kPackWholeTokens = 4096;   // longer queries fill their tiles without packing, if nothing is masked
 constexpr i64 kMostRows = i64(1) << 30;  // the kernel counts them in 32 bits
-constexpr i32 kFewBlockRows = 128;       // of a tile, where there are few
+constexpr i32 kLowRows = 128;            // of a tile, where there are few
 
 // Whether tensor copies can read a tensor with these sizes: they take strides that are multiples of 16 bytes.
 bool copyable(const Rows& rows, i64 count, i64 heads, i64 batches) {
@@ -44,6 +45,12 @@ Sight sight_of(const AttnParams& p, i64 group) {
   return window ? Sight{kWindow, p.window_left + min(right, p.seqlen_k), tokens} : Sight{kSomeKeys, 0, tokens};
 }
 
+// The share of the processors' time that blocks fill. Of uneven ones, the longest first, one has twice the mean's work.
+double busy(i64 blocks, bool uneven, i64 slots) {
+  const double waves = double(blocks) / double(slots);
+  return uneven ? min(1., waves / 2) : waves / std::ceil(waves);
+}
+
 struct Shape {
   FwdSm90Config config;
   i64 group, m_blocks, key_tiles, blocks;  // blocks: of all row blocks, heads and sequences, at most
@@ -73,22 +80,37 @@ Shape shape_of(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune*
   s.fits = tile ? set_tile(c, *tile, device.smem_per_block)
                 : tune_forward_sm90(c, rows, sight_of(p, s.group), device.smem_per_block);
   if (!s.fits) return s;
-  // Tall tiles leave much of the GPU idle where there are few of them.
-  FwdSm90Config lower = c;
-  if (!tile && c.block_m > kFewBlockRows && !fills(blocks_of(c), device.sm_count) &&
-      tune_forward_sm90(lower, rows, sight_of(p, s.group), device.smem_per_block, kFewBlockRows))
-    c = lower;
+  // Tall tiles compute faster, but few of them leave processors idle.
+  FwdSm90Config low = c;
+  const auto busy_with = [&](const FwdSm90Config& config) {
+    return busy(blocks_of(config), masked(p) || ragged(p), device.sm_count);
+  };
+  if (!tile && c.block_m > kLowRows && busy_with(c) < 0.95 &&
+      tune_forward_sm90(low, rows, sight_of(p, s.group), device.smem_per_block, kLowRows) &&
+      busy_with(low) > busy_with(c) * (1 + 0.05 * (consumers(c) - consumers(low))))
+    c = low;
   s.m_blocks = ceil_div<i64>(rows, c.block_m);
   s.blocks = blocks_of(c);
   s.key_tiles = ceil_div<i64>(visible_keys(p, ceil_div<i64>(min<i64>(rows, c.block_m), s.group)), c.block_n);
   return s;
 }
 
-// Parts of fewer keys cost more to write and to merge, which grows with their rows, than they save.
+// Few rows: parts fill the GPU. Prompts: the number that costs least, where merging two parts takes the time of a tenth
+// of a key for each of their rows, and a start.
 i64 splits_of(const AttnParams& p, const Shape& s, const DeviceInfo& device) {
-  const i64 rows = min<i64>(p.seqlen_q * s.group, s.config.block_m);
-  const i64 fewest = rows <= kWarpgroupRows ? 256 : rows * 8;
-  return choose_splits(s.blocks, s.key_tiles * s.config.block_n / fewest, device.sm_count);
+  constexpr i64 kFewestKeys = 256;  // of a part: fewer cost more to write and to merge than they save
+  constexpr i64 kStartKeys = 256;
+  const i64 keys = s.key_tiles * s.config.block_n, most = keys / kFewestKeys;
+  if (s.config.block_m == kWarpgroupRows) return choose_splits(s.blocks, most, device.sm_count);
+  if (fills(s.blocks, device.sm_count)) return 1;
+  const auto cost = [&](i64 n) {
+    const i64 merge = n == 1 ? 0 : kStartKeys + p.num_heads * p.total_q * (n + 2) / 40;
+    return ceil_div<i64>(s.blocks * n, device.sm_count) * ceil_div(keys, n) + merge;
+  };
+  i64 best = 1;
+  for (i64 n = 2; n <= min(most, kMaxSplits); ++n)
+    if (cost(n) < cost(best)) best = n;
+  return best;
 }
 
 // Groups of heads whose row blocks are dealt out together: as many as share the L2 cache with their K and V. The

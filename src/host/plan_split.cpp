@@ -5,7 +5,7 @@
 namespace strobe::host {
 namespace {
 
-constexpr i64 kMaxSplits = 128;
+constexpr i64 kFewParts = 8;  // one warp merges them as fast as four: it reads four at a time
 
 }  // namespace
 
@@ -43,10 +43,10 @@ void reserve_splits(Plan& plan, const AttnParams& p, i64 splits) {
 
 void add_combine(Plan& plan, const AttnParams& p, const DeviceInfo& device) {
   if (plan.num_splits == 1) return;
-  const CombineConfig config = {i32(p.dtype), i32(p.head_dim_v)};
+  const CombineConfig config = {i32(p.dtype), i32(p.head_dim_v), plan.num_splits <= kFewParts ? kCombineWarps : 1};
   Launch& combine = plan.add();
   combine.kernel = kernel_ref(kCombine, config);
-  combine.grid[0] = u32(p.batch * p.num_heads * p.seqlen_q);
+  combine.grid[0] = u32(ceil_div<i64>(p.batch * p.num_heads * p.seqlen_q, config.rows));
   combine.threads = u32(threads(config));
   combine.smem = u32(smem_bytes(config));
   combine.overlaps = device.arch >= 90;

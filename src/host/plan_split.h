@@ -25,6 +25,8 @@ i64 heads_in_common(const AttnParams& p);
 // Keys that a row block of `tokens` queries can see at most.
 i64 visible_keys(const AttnParams& p, i64 tokens);
 
+constexpr i64 kMaxSplits = 128;
+
 // Whether blocks keep nearly all of `slots`, the places for blocks on the GPU, busy.
 constexpr bool fills(i64 blocks, i64 slots) { return blocks * 5 >= slots * 4; }
 

@@ -281,12 +281,38 @@ void test_splits() {
     const std::string call = std::to_string(tokens) + " tokens";
     expect(plan.num_splits * 8 > device.sm_count * 8 / 10 && plan.num_splits * 8 <= device.sm_count, "one wave", call);
     expect(plan.count == 2 && plan.launches[1].kernel.source == &kCombine && plan.launches[1].overlaps &&
-               !plan.launches[0].overlaps,
-           "parts are merged by a kernel that is started early", call);
+               !plan.launches[0].overlaps && plan.launches[1].kernel.values[2] == 1,
+           "parts are merged by a kernel that is started early, a block for each row", call);
   }
   expect(plan_forward_sm90(dense(1, 1, 512, 32, 8, 128, 128), device).num_splits <= 2, "no short parts", "512 keys");
   const Plan older = plan_forward(dense(1, 1, 131072, 64, 8, 128, 128), typical_device(80));
   expect(older.count == 2 && !older.launches[1].overlaps, "sm_80 cannot start it early", "sm_80");
+}
+
+// One sequence of few heads: low tiles fill the GPU, and keys are split where merging costs less than it saves.
+void test_prompts() {
+  const DeviceInfo device = typical_device(90);
+  const auto plan_of = [&](i64 length, i64 heads) {
+    AttnParams p = dense(1, length, length, heads, heads, 128, 128);
+    p.causal = true;
+    return plan_forward_sm90(p, device);
+  };
+  const auto has = [&](i64 length, i64 heads, i32 block_m, bool splits) {
+    const Plan plan = plan_of(length, heads);
+    const std::string call = std::to_string(heads) + " heads, " + std::to_string(length) + " tokens";
+    expect(config_of(plan).block_m == block_m, "rows of a tile", call + ", expected " + std::to_string(block_m));
+    expect((plan.num_splits > 1) == splits, splits ? "keys are split" : "keys are not split", call);
+    if (splits) {
+      const i64 rows = plan.launches[1].grid[0] * i64(plan.launches[1].kernel.values[2]);
+      expect(rows >= heads * length && rows < heads * length + 4, "every row is merged", call);
+    }
+  };
+  has(1024, 16, 128, false);
+  has(1024, 8, 128, false);
+  has(4096, 8, 128, false);
+  has(4096, 64, 192, false);
+  has(4096, 2, 128, true);
+  has(3001, 1, 128, true);
 }
 
 }  // namespace
@@ -294,6 +320,7 @@ void test_splits() {
 int main() {
   test_append();
   test_splits();
+  test_prompts();
   test_every_shape();
   test_packing();
   test_tiles();
