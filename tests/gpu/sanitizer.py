@@ -17,8 +17,8 @@ TOOLS = dict(
 )
 # Strobe's kernels live in namespace strobe; what torch launches beside them is not under test.
 OURS = ["--kernel-name", "kernel_substring=strobe"]
-# initcheck does not see what tensor copies write, such as outputs of sm90. Only the backward pass reads those, by kernels
-# of sm80, which are watched there.
+# initcheck does not see what tensor copies write, such as outputs of sm90. Only the backward pass reads those, by
+# kernels of sm80, which are watched there.
 BLIND = {("sm90", "initcheck"): ["--kernel-name-exclude", "kernel_substring=bwd"]}
 PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin")
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
