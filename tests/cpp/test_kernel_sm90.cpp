@@ -6,6 +6,7 @@
 
 #include "core/seqlen.h"
 #include "core/softmax.h"
+#include "cuda/combine.cuh"
 #include "cuda/fwd_sm90.cuh"
 #include "host/device.h"
 #include "host/jit.h"
@@ -140,33 +141,6 @@ Problem make(const FwdSm90Config& c) {
   return problem;
 }
 
-// What the second kernel of a split call does with the partial results.
-void combine_parts(const AttnParams& p, const FwdSm90Launch& launch, int splits) {
-  for (i64 b = 0; b < p.batch; ++b) {
-    const SeqInfo seq = SeqInfo::of(p, b);
-    for (i64 i = 0; i < seq.rows_q; ++i)
-      for (i64 h = 0; h < p.num_heads; ++h) {
-        RowState row;
-        std::vector<float> sum(size_t(p.head_dim_v));
-        for (int s = 0; i < seq.seqlen_q && s < splits; ++s) {
-          const i64 at = (s * p.num_heads + h) * p.total_q + seq.q_batch * p.seqlen_q + seq.q_begin + i;
-          const RowState part = {launch.partial_state[at * 2], launch.partial_state[at * 2 + 1]};
-          const MergeFactors factors = merge(row, part);
-          for (i64 c = 0; c < p.head_dim_v; ++c) {
-            const float x = part.sum == 0.f ? 0.f : launch.partial_out[at * p.head_dim_v + c] * factors.b;
-            sum[size_t(c)] = sum[size_t(c)] * factors.a + x;
-          }
-        }
-        RowResult result = {0.f, kInfinity};
-        if (i < seq.seqlen_q) result = finalize(row, p.s_aux ? p.s_aux + h : nullptr);
-        p.lse[seq.lse_index(p, i, h)] = result.lse;
-        u16* const out = static_cast<u16*>(p.out.data) + seq.q_index(p.out, i, h);
-        for (i64 c = 0; c < p.head_dim_v; ++c)
-          out[c] = ptx::narrow(result.scale == 0.f ? 0.f : sum[size_t(c)] * result.scale);
-      }
-  }
-}
-
 // The largest error, in units of what rounding to bfloat16 explains; huge where something is not a number.
 double worst_error(const AttnParams& p) {
   double worst = 0;
@@ -239,6 +213,17 @@ bool wrote_rows_only(const Problem& problem) {
   return true;
 }
 
+// The second kernel of a split call, with a block or a warp for each row.
+template <int kHeadDimV, int kRows>
+bool combine_parts(emulator::Block& block, const AttnParams& p, const CombineLaunch& launch) {
+  constexpr CombineConfig kConfig = {i32(DType::bf16), kHeadDimV, kRows};
+  const u32 blocks = u32(ceil_div<i64>(p.batch * p.num_heads * p.seqlen_q, kRows));
+  bool ended = true;
+  for (u32 i = 0; ended && i < blocks; ++i)
+    ended = block.run(u32(threads(kConfig)), i, blocks, [&] { combine<kConfig>(launch); });
+  return ended;
+}
+
 int passed = 0, failed = 0;
 
 template <FwdSm90Config C>
@@ -273,7 +258,11 @@ void run(int problems, unsigned seed) {
     bool ended = as_planned;
     for (u32 i = 0; ended && i < plan.launches[0].grid[0]; ++i)
       ended = block.run(u32(threads(C)), i, plan.launches[0].grid[0], [&] { fwd_sm90<C>(launch); });
-    if (ended && C.split) combine_parts(p, launch, plan.num_splits);
+    if constexpr (C.split != 0) {
+      const auto& parts = *reinterpret_cast<const CombineLaunch*>(blocks.blocks[1]);
+      ended = ended && (n % 2 ? combine_parts<C.head_dim_v, 1>(block, p, parts)
+                              : combine_parts<C.head_dim_v, kCombineWarps>(block, p, parts));
+    }
     const double error = !ended ? 0 : wrote_rows_only(problem) ? worst_error(p) : 1e10;
     const bool good = ended && error <= 1;
     good ? ++passed : ++failed;
