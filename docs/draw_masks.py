@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS.parent / "demo"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 
 from masks import CELL, GAP, LEFT, draw, kinds, place, square, words  # noqa: E402
+from pictures import main  # noqa: E402
 from style import svg  # noqa: E402
 
 WINDOW_KEPT = {"causal": True, "window_size": (2, 0), "keep_first": 2}
@@ -104,19 +104,5 @@ def pictures() -> dict[str, str]:
     return drawn | {"packed": packed(), "left-padding": left_padding(), "paged": paged()}
 
 
-def main() -> int:
-    folder, stale = DOCS / "images", []
-    for name, picture in pictures().items():
-        path = folder / f"mask-{name}.svg"
-        if "--check" in sys.argv[1:]:
-            stale += [str(path)] if not path.exists() or path.read_text(encoding="utf-8") != picture + "\n" else []
-        else:
-            folder.mkdir(exist_ok=True)
-            path.write_text(picture + "\n", encoding="utf-8")
-    if stale:
-        print("not as docs/draw_masks.py draws them:", *stale, sep="\n  ")
-    return bool(stale)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main({f"mask-{name}.svg": picture for name, picture in pictures().items()}))

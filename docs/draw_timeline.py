@@ -7,13 +7,12 @@ waits for what is the kernel's protocol. usage: draw_timeline.py [--check]
 import sys
 from pathlib import Path
 
-DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS.parent / "demo"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 
-from masks import words  # noqa: E402
+from masks import square, words  # noqa: E402
+from pictures import main  # noqa: E402
 from style import svg  # noqa: E402
 
-PATH = DOCS / "images" / "hopper-timeline.svg"
 MULTIPLY, EXPONENTIALS, FIRST_EXPONENTIALS, ROWS = 512, 900, 1300, 350  # cycles; the first tile has a mask, too
 COPY, ISSUE, FIND = 700, 60, 4300
 STAGES, CONSUMERS = 2, 2
@@ -48,10 +47,11 @@ class Timeline:
             self.free[what].append(end)
 
     def multiply(self, consumer, begin, what, tile, colour):
-        begin = max(begin, self.tensor, self.copy("K" if what == "QK" else "V", tile))
+        operand = what[1]  # K, or V
+        begin = max(begin, self.tensor, self.copy(operand, tile))
         self.tensor = end = begin + MULTIPLY
         self.boxes.append(("tensor cores", begin, end, colour, f"{consumer}: {what}{tile[1]}"))
-        self.release("K" if what == "QK" else "V", tile, end)
+        self.release(operand, tile, end)
         return end
 
     def work(self, consumer, begin, cycles, colour, text):
@@ -108,25 +108,14 @@ def picture():
         ("decode", "LSE, rows leave"),
         ("line", "tensor copies"),
     ):
-        body.append(f'<rect x="{x}" y="{y - 10}" width="12" height="12" rx="3" class="f-{colour}"/>')
-        body.append(words(x + 18, y, text))
+        body.append(square(x, y - 10, colour, 12) + words(x + 18, y, text))
         x += 36 + 7 * len(text)
     style = (
         "<style>svg text.box{font-size:9px;text-anchor:middle;fill:var(--paper)}svg text.dark{fill:var(--ink)}</style>"
     )
     title = "scout, producer and two consumers of the Hopper forward kernel over time"
-    return svg(LEFT + end / PER_PIXEL + 4, y + 10, style + "".join(body), title, standalone=True) + "\n"
-
-
-def main() -> int:
-    drawn = picture()
-    if "--check" not in sys.argv[1:]:
-        PATH.write_text(drawn, encoding="utf-8")
-    elif PATH.read_text(encoding="utf-8") != drawn:
-        print(f"not as docs/draw_timeline.py draws it: {PATH}")
-        return 1
-    return 0
+    return svg(LEFT + end / PER_PIXEL + 4, y + 10, style + "".join(body), title, standalone=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main({"hopper-timeline.svg": picture()}))
