@@ -77,7 +77,7 @@ constexpr bool valid(const FwdConfig& c) {
 struct CombineConfig {
   i32 dtype = 0;
   i32 head_dim_v = 0;
-  i32 rows = 1;  // of a block: one, whose parts its warps share, or one for each of its kCombineWarps warps
+  i32 rows = 1;  // of a block: one, whose parts its warps share, or kCombineRows for each of its warps
 
   constexpr bool operator==(const CombineConfig&) const = default;
 };
@@ -87,11 +87,12 @@ constexpr void fields(const CombineConfig& c, F f) {
   f("head_dim_v", c.head_dim_v);
   f("rows", c.rows);
 }
-constexpr int kCombineWarps = 4;
+constexpr int kCombineWarps = 4, kCombineRows = 4;
+constexpr int kFewParts = 8;  // that a warp merges alone
 constexpr int threads(const CombineConfig&) { return kCombineWarps * 32; }
 constexpr i64 smem_bytes(const CombineConfig& c) { return c.rows == 1 ? i64(kCombineWarps - 1) * c.head_dim_v * 4 : 0; }
 constexpr bool valid(const CombineConfig& c) {
-  return c.head_dim_v > 0 && c.head_dim_v % 8 == 0 && (c.rows == 1 || c.rows == kCombineWarps);
+  return c.head_dim_v > 0 && c.head_dim_v % 8 == 0 && (c.rows == 1 || c.rows == kCombineWarps * kCombineRows);
 }
 
 // Puts new keys and values into the cache and turns q by rotary position.

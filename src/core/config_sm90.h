@@ -48,28 +48,31 @@ constexpr void fields(const FwdSm90Config& c, F f) {
 
 constexpr int consumers(const FwdSm90Config& c) { return c.block_m / 64; }
 
-// Where a tile comes in many boxes, issuing their copies takes one warp as long as the consumers take to compute it. Of
-// several warps the first only leads (it takes work, brings Q and keeps pace by announcing K's bytes), and the others
-// share the copies; a warp without any would fall behind the barriers. Packed sequences need more registers for that
-// than two consumers of wide heads leave.
+// Warps that copy K and V. Where a tile comes in many boxes, issuing their copies takes one warp as long as the
+// consumers take to compute it; more warps than boxes there must not be: one without any would fall behind the
+// barriers.
 constexpr int producer_warps(const FwdSm90Config& c) {
-  if (c.paged == 0 || (c.packed && consumers(c) > 1 && c.head_dim_v > 128)) return 1;
-  return c.paged < c.block_n ? 1 + min(3, c.block_n / c.paged) : 1;
+  return c.paged > 0 && c.paged < c.block_n ? min(3, c.block_n / c.paged) : 1;
 }
 
-// Finding an item's tiles takes longer than computing one. Beside several consumers a warp of its own does it, the
-// scout; else the first producing warp does.
-constexpr bool scouts(const FwdSm90Config& c) { return producer_warps(c) == 1 && consumers(c) > 1; }
+// Finding an item's tiles takes longer than computing one. A warp of its own does it, the scout, but beside a single
+// consumer and a single producer, which then takes items itself.
+constexpr bool scouts(const FwdSm90Config& c) { return consumers(c) > 1 || producer_warps(c) > 1; }
 
 // Of two stages of Q the scout also fills the free one: the producer would come to it only after an item's last keys. A
-// single stage is free so late that the producer is there in time.
-constexpr bool scout_brings_q(const FwdSm90Config& c) { return c.stages_q > 1; }
+// single stage is free so late that the producer is there in time, unless it has many copies to issue.
+constexpr bool scout_brings_q(const FwdSm90Config& c) { return scouts(c) && (c.stages_q > 1 || producer_warps(c) > 1); }
+
+// The warp that takes items writes them. Beside several consumers all of its lanes do, and all of them tell of it; and
+// whether the one that brings Q is that warp.
+constexpr int telling_lanes(const FwdSm90Config& c) { return consumers(c) > 1 ? 32 : 1; }
+constexpr int q_telling_lanes(const FwdSm90Config& c) { return scouts(c) && !scout_brings_q(c) ? 1 : telling_lanes(c); }
 
 // Consumers come behind the producer's warpgroup. A single one comes first: no registers are dealt out, so that the
 // producer needs no warpgroup.
 constexpr int first_producer_warp(const FwdSm90Config& c) { return consumers(c) == 1 ? 4 : 0; }
 constexpr int threads(const FwdSm90Config& c) {
-  return 128 * consumers(c) + (consumers(c) == 1 ? 32 * producer_warps(c) : 128);
+  return 128 * consumers(c) + (consumers(c) == 1 ? 32 * (producer_warps(c) + scouts(c)) : 128);
 }
 
 // Shared memory holds panels of 64 columns, 128 bytes a row: the width of the swizzle.
@@ -99,19 +102,18 @@ constexpr bool skips(const FwdSm90Config& c) { return round_up_16(c.head_dim_v) 
 constexpr int kStagedRows = 16;  // of a tensor copy: each warp sends its own, and waits for no other
 
 // Registers of a thread, which setmaxnreg deals out: the pool is 64 K. A single consumer needs no dealing.
-constexpr bool busy_producer(const FwdSm90Config& c) { return c.packed && producer_warps(c) > 1; }
-constexpr int producer_registers(const FwdSm90Config& c) { return consumers(c) >= 3 ? 32 : busy_producer(c) ? 56 : 40; }
+constexpr int producer_registers(const FwdSm90Config& c) { return consumers(c) >= 3 ? 32 : 40; }
 constexpr int consumer_registers(const FwdSm90Config& c) {
-  return consumers(c) == 4 ? 112 : consumers(c) == 3 ? 160 : busy_producer(c) ? 224 : 232;
+  return consumers(c) == 4 ? 112 : consumers(c) == 3 ? 160 : 232;
 }
 
 constexpr bool valid(const FwdSm90Config& c) {
   return (c.dtype == i32(DType::f16) || c.dtype == i32(DType::bf16)) && c.head_dim % 8 == 0 && c.head_dim_v % 8 == 0 &&
          c.head_dim > 0 && c.head_dim <= 256 && c.head_dim_v > 0 && c.head_dim_v <= 256 && c.block_m > 0 &&
          c.block_m % 64 == 0 && c.block_m <= 256 && c.block_n % 16 == 0 && c.block_n > 0 && c.block_n <= 256 &&
-         c.stages >= 2 && (c.stages_q == 1 || (c.stages_q == 2 && scouts(c))) && !(c.pingpong && c.block_m == 64) &&
-         (c.overlap || !c.softcap) &&  // no registers for it
-         (c.staging == kFromRegisters || (!c.split && !c.paged)) &&
+         c.stages >= 2 && (c.stages_q == 1 || (c.stages_q == 2 && consumers(c) > 1)) &&
+         !(c.pingpong && c.block_m == 64) && (c.overlap || !c.softcap) &&  // no registers for it
+         (c.staging == kFromRegisters || !c.split) &&
          // Q's other place takes the next item's queries while rows leave.
          (c.staging != kInPlaceOfQ || (c.stages_q == 2 && panels(c.head_dim_v) <= panels(c.head_dim))) &&
          (c.paged == 0 || (c.paged % 8 == 0 && c.block_n % c.paged == 0 && c.block_n / c.paged <= 32));

@@ -1,6 +1,7 @@
 // Parameter blocks of the forward kernels: the call's parameters and what the Plan added.
 #pragma once
 
+#include "config.h"
 #include "params.h"
 
 namespace strobe {
@@ -43,10 +44,15 @@ struct CombineLaunch {
   const float* partial_out;
   const float* partial_state;
   i32 num_splits;
-  FastDivisor rows, heads;  // blocks count rows of q first, then heads and sequences
+  FastDivisor rows, heads;  // units are counted first, then heads and sequences
 
+  // What a block, or of few parts a warp, merges of each head and sequence: rows, or their groups.
+  STROBE_HD static i64 units(const AttnParams& p, i64 num_splits) {
+    return num_splits > kFewParts ? p.seqlen_q : ceil_div<i64>(p.seqlen_q, kCombineRows);
+  }
   STROBE_HD static CombineLaunch of(const AttnParams& p, const float* out, const float* state, i32 num_splits) {
-    return {p, out, state, num_splits, FastDivisor::of(u32(p.seqlen_q)), FastDivisor::of(u32(p.num_heads))};
+    const u32 rows = u32(units(p, num_splits));
+    return {p, out, state, num_splits, FastDivisor::of(rows), FastDivisor::of(u32(p.num_heads))};
   }
 };
 

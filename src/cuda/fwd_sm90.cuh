@@ -267,17 +267,10 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       // Of the item's tiles, those that this warpgroup's rows see.
       i32 seen_begin = run.begin, tile = run.end;
       if constexpr (kSkips && consumers(C) > 1) {
-        i32 seen_end;
-        if constexpr (scouts(C)) {
-          const auto seen = work.seen[warpgroup][r];
-          seen_begin = seen.begin, seen_end = seen.end;
-        } else {
-          const i32 row = head.first_row + warpgroup * 64;
-          const Run32 seen = work.mask.narrowed(seen_begin, tile, r == 1, token_of(row), token_of(row + 63) + 1, kKeys);
-          seen_begin = seen.begin, seen_end = seen.end;
-        }
-        skip(tile - seen_end);
-        tile = seen_end;
+        const auto seen = work.seen[warpgroup][r];
+        seen_begin = seen.begin;
+        skip(tile - seen.end);
+        tile = seen.end;
       }
       if (kSkips && r == 0 && begun && (head.start & kKeptAlone)) {
         kept_step();
@@ -341,11 +334,11 @@ __global__ __launch_bounds__(threads(C), 1) void fwd_sm90(const __grid_constant_
   if (threadIdx.x == 0) {
     constexpr u32 kWarps = 4 * consumers(C);
     for (u32 stage = 0; stage < C.stages_q; ++stage) {
-      ptx::mbarrier_init_cta(shared.q_full(stage), scout_brings_q(C) ? 32 : 1);
+      ptx::mbarrier_init_cta(shared.q_full(stage), u32(q_telling_lanes(C)));
       ptx::mbarrier_init_cta(shared.q_free(stage), kWarps);
     }
-    ptx::mbarrier_init_cta(shared.work_full(), scouts(C) ? 32 : 1);
-    ptx::mbarrier_init_cta(shared.work_free(), max(1, producer_warps(C) - 1));
+    ptx::mbarrier_init_cta(shared.work_full(), u32(telling_lanes(C)));
+    ptx::mbarrier_init_cta(shared.work_free(), producer_warps(C));
     for (u32 stage = 0; stage < C.stages; ++stage) {
       ptx::mbarrier_init_cta(shared.k_full(stage), 1);
       ptx::mbarrier_init_cta(shared.k_free(stage), kWarps);
@@ -359,10 +352,8 @@ __global__ __launch_bounds__(threads(C), 1) void fwd_sm90(const __grid_constant_
   if (warpgroup == kProducer) {
     if constexpr (consumers(C) > 1) ptx::setmaxnreg_dec<producer_registers(C)>();
     const int warp = __shfl_sync(0xffffffffu, warp_id(), 0) - first_producer_warp(C);
-    if (warp == 0)
-      produce<C, true>(launch, shared);
-    else if (warp < producer_warps(C))
-      produce<C, false>(launch, shared);
+    if (warp < producer_warps(C))
+      produce<C>(launch, shared, warp);
     else if (scouts(C) && warp == producer_warps(C))
       scout<C>(launch, shared);
   } else {

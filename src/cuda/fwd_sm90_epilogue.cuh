@@ -1,5 +1,5 @@
-// The end of a work item of fwd_sm90: rows leave straight from registers, 16 bytes a lane, as output and LSE or as a
-// partial result. Shared memory stays free for the next item's tiles.
+// The end of a work item of fwd_sm90: LSE, or a partial result's state, and rows, which leave from registers, 16 bytes
+// a lane, or by tensor copies from shared memory (Staging).
 #pragma once
 
 #include "core/softmax.h"
@@ -27,15 +27,14 @@ __device__ __forceinline__ void transpose_quad(u32 (&x)[4]) {
 // Of the two rows that a lane shares, the one that it finishes. row0: of the warp, in the tile.
 template <FwdSm90Config C>
 struct Sm90Row {
-  i32 first_token, token, head;  // head: within the group
-  i32 behind;                    // token - first_token
+  i32 token, head;  // head: within the group
+  i32 behind;       // the tile's first token
 
   __device__ __forceinline__ Sm90Row(const FwdSm90Launch& launch, const Sm90Work& work, int row0) {
     const i32 in_tile = row0 + Fragment<16, 8>::row(lane_id() % 2), row = work.head.first_row + in_tile;
-    first_token = C.pack ? i32(launch.group.quotient(u32(work.head.first_row))) : work.head.first_row;
     token = C.pack ? i32(launch.group.quotient(u32(row))) : row;
     head = C.pack ? row - token * i32(launch.group.divisor) : 0;
-    behind = C.pack ? token - first_token : in_tile;
+    behind = C.pack ? token - i32(launch.group.quotient(u32(work.head.first_row))) : in_tile;
   }
 };
 
@@ -172,8 +171,7 @@ __device__ __forceinline__ void write_rows(Fragment<16, kD>& out, const float (&
     }
   } else {
     clear_unseen(out, scale);
-    const i64 offset =
-        work.out + (row.token - row.first_token) * p.out.row_stride + (C.pack ? row.head * p.out.head_stride : 0);
+    const i64 offset = work.out + row.behind * p.out.row_stride + (C.pack ? row.head * p.out.head_stride : 0);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       u16* const to = static_cast<u16*>(p.out.data) + __shfl_sync(0xffffffffu, offset, r, 4);

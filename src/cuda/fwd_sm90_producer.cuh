@@ -104,7 +104,8 @@ __device__ __forceinline__ void prepare(const FwdSm90Launch& launch, Sm90Schedul
   __syncwarp();
   if (lane_id() == 0 && tile.batch >= 0) {
     const i32 end_token = token_of(first_row + C.block_m - 1) + 1;
-    const i32 shift = C.paged ? 0 : work.mask.shift(first_token, end_token, C.block_n);
+    i32 shift = work.mask.shift(first_token, end_token, C.block_n);
+    if constexpr (C.paged != 0) shift -= shift % C.paged;  // boxes of rows stay within their pages
     work.shift = shift;
     work.mask.seqlen_k += shift;
     Walk32 walk = work.mask.visit(first_token, end_token, C.block_n);
@@ -133,7 +134,7 @@ __device__ __forceinline__ void prepare(const FwdSm90Launch& launch, Sm90Schedul
     work.head.start = start;
   }
   __syncwarp();
-  if constexpr (scouts(C)) {
+  if constexpr (consumers(C) > 1) {
     // A lane for each warpgroup and run.
     const int warpgroup = lane_id() / 2, r = lane_id() % 2;
     if (warpgroup < consumers(C) && tile.batch >= 0) {
@@ -160,12 +161,10 @@ __device__ __forceinline__ void wait_together(u32 barrier, u32 parity) {
 template <FwdSm90Config C>
 __device__ __forceinline__ void publish(const FwdSm90Launch& launch, const Sm90Shared<C>& shared,
                                         Sm90Scheduler<C>& scheduler, u32 item) {
-  constexpr bool kAlone = producer_warps(C) == 1 && !scouts(C);
-  if constexpr (!kAlone) wait_together(shared.work_free(), (item & 1) ^ 1);
+  if constexpr (scouts(C)) wait_together(shared.work_free(), (item & 1) ^ 1);
   scheduler.fetch(launch);
   prepare(launch, scheduler, shared.work(item));
-  // Beside a scout every lane has written.
-  if (!kAlone && (scouts(C) || lane_id() == 0)) ptx::mbarrier_arrive(shared.work_full());
+  if (scouts(C) && lane_id() < telling_lanes(C)) ptx::mbarrier_arrive(shared.work_full());
 }
 
 // Brings an item's queries, whose barrier tells the consumers of the item, or that there is none.
@@ -183,8 +182,8 @@ __device__ __forceinline__ void load_q(const FwdSm90Launch& launch, const Sm90Sh
       for (int c = 0; c < panels(C.head_dim); ++c)
         ptx::tma_load(shared.q(ring.stage, w) + c * 64 * 128, launch.q, full, c * 64, work.head_q,
                       work.q_row + w * tokens, work.q_batch);
-  } else if (scout_brings_q(C) || lane_id() == 0) {
-    ptx::mbarrier_arrive(full);  // every lane of the scout has written the item
+  } else if (lane_id() < q_telling_lanes(C)) {
+    ptx::mbarrier_arrive(full);
   }
   ring.advance();
 }
@@ -204,15 +203,15 @@ __device__ __forceinline__ void scout(const FwdSm90Launch& launch, const Sm90Sha
   }
 }
 
-template <FwdSm90Config C, bool kLeads>
-__device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90Shared<C>& shared) {
+// warp: of those that copy. The first announces every tile's bytes.
+template <FwdSm90Config C>
+__device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90Shared<C>& shared, int warp) {
   constexpr int kWarps = producer_warps(C), kBoxes = C.paged ? C.block_n / C.paged : 1;  // of a panel
-  constexpr bool kCopies = kWarps == 1 || !kLeads;
   const AttnParams& p = launch.p;
-  const int lane = lane_id(), warp = warp_id() - first_producer_warp(C);
-  const int box = kWarps == 1 ? lane : lane * (kWarps - 1) + warp - 1;  // this lane's
-  if constexpr (kLeads && C.split != 0) ptx::start_dependents();
-  if (kLeads && lane == 0) {
+  const int lane = lane_id(), copier = kWarps == 1 ? lane : lane * kWarps + warp;
+  const bool leads = kWarps == 1 || warp == 0;
+  if (C.split != 0 && leads) ptx::start_dependents();
+  if (leads && lane == 0) {
     ptx::prefetch_tensormap(launch.q);
     ptx::prefetch_tensormap(launch.k);
     ptx::prefetch_tensormap(launch.v);
@@ -223,64 +222,73 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
   Sm90Ring<C.stages> k_ring, v_ring;
   Sm90Ring<C.stages_q> q_ring;
   q_ring.parity = k_ring.parity = v_ring.parity = 1;  // every stage is free
-  constexpr bool kTakes = kLeads && !scouts(C), kBringsQ = kLeads && !scout_brings_q(C);
+  constexpr bool kTakes = !scouts(C), kBringsQ = !scout_brings_q(C);
   if constexpr (kTakes) publish(launch, shared, scheduler, 0);
 #pragma unroll 1
   for (u32 item = 0;; ++item) {
     const Sm90Work& work = shared.work(item);
     if constexpr (!kTakes) wait_together(shared.work_full(), item & 1);
-    if constexpr (!kLeads) {
-      if (lane == 0) ptx::mbarrier_arrive(shared.work_free());
-    }
     if (work.head.first_row < 0) {
       if constexpr (kBringsQ) load_q<C>(launch, shared, q_ring, work);
       break;
     }
-    // Looked up before a stage is waited for: a read of the page table takes long.
-    const auto place_of = [&](i32 key_tile) -> Sm90Place {
+    // Several warps share a tile's boxes, and where there are lanes enough also a box's panels: the evener the better.
+    constexpr auto panels_apart = [](int dim) {
+      return kWarps > 1 && kBoxes * panels(dim) <= 32 * kWarps ? panels(dim) : 1;
+    };
+    constexpr int kApartK = panels_apart(C.head_dim), kApartV = panels_apart(C.head_dim_v);
+    const auto place_of = [&](i32 key_tile, int box) -> Sm90Place {
+      const i32 begin = key_tile * C.block_n - (key_tile >= work.run[0].end ? work.shift : 0);
       if constexpr (C.paged == 0) {
-        const i32 shift = key_tile >= work.run[0].end ? work.shift : 0;
-        return {work.k_row + key_tile * C.block_n - shift, work.k_batch};
+        return {work.k_row + begin, work.k_batch};
       } else {
-        if (!kCopies || box >= kBoxes) return {};
+        if (box >= kBoxes) return {};
         const i32* const pages = p.page_table + work.batch * p.page_table_stride;
-        const u32 row = u32(key_tile * C.block_n + box * C.paged), column = launch.page.quotient(row);
+        const u32 row = u32(begin + box * C.paged), column = launch.page.quotient(row);
         const i32 page = pages[min(i64(column), p.max_pages - 1)];
         return {i32(row - column * launch.page.divisor), max(0, min(page, i32(p.num_pages) - 1))};
       }
     };
-    const auto load = [&](const TensorMap& map, u32 to, u32 full, Sm90Place from, i32 head, auto dim, bool announces) {
-      constexpr int kPanels = panels(dim.value);
-      if (announces && lane == 0) ptx::mbarrier_expect_tx(full, u32(C.block_n * kPanels * 128));
+    const auto load = [&](const TensorMap& map, u32 to, u32 full, Sm90Place from, i32 head, auto dim) {
+      constexpr int kPanels = panels(dim.value), kApart = panels_apart(dim.value);
+      if (leads && lane == 0) ptx::mbarrier_expect_tx(full, u32(C.block_n * kPanels * 128));
       if constexpr (kBoxes > 1) __syncwarp();
-      if constexpr (kCopies) {
-        if (box >= kBoxes) return;
+      const int box = copier / kApart, first = copier % kApart;
+      if (box >= kBoxes) return;
 #pragma unroll
-        for (int c = 0; c < kPanels; ++c)
-          ptx::tma_load(to + u32((c * C.block_n + box * C.paged) * 128), map, full, c * 64, from.row, head, from.batch);
+      for (int c = 0; c < kPanels / kApart; ++c) {
+        const int panel = first + c;
+        ptx::tma_load(to + u32((panel * C.block_n + box * C.paged) * 128), map, full, panel * 64, from.row, head,
+                      from.batch);
       }
     };
-    const auto load_k = [&](i32 key_tile) {
+    const auto load_k = [&](Sm90Place from) {
       const u32 stage = k_ring.stage;
-      const Sm90Place from = place_of(key_tile);
       wait_together(shared.k_free(stage), k_ring.parity);
-      load(launch.k, shared.k(stage), shared.k_full(stage), from, work.head_k, Int<C.head_dim>{}, kLeads);
+      load(launch.k, shared.k(stage), shared.k_full(stage), from, work.head_k, Int<C.head_dim>{});
       k_ring.advance();
     };
-    const auto load_v = [&](i32 key_tile) {
-      if constexpr (!kCopies) return;
+    const auto load_v = [&](Sm90Place from) {
       const u32 stage = v_ring.stage;
-      const Sm90Place from = place_of(key_tile);
       wait_together(shared.v_free(stage), v_ring.parity);
-      load(launch.v, shared.v(stage), shared.v_full(stage), from, work.head_v, Int<C.head_dim_v>{},
-           kWarps == 1 || warp == 1);
+      load(launch.v, shared.v(stage), shared.v_full(stage), from, work.head_v, Int<C.head_dim_v>{});
       v_ring.advance();
     };
 
     const i32 tiles = work.head.tiles;
     Sm90Queue queue(work);
-    i32 last = 0;
-    if (tiles > 0) load_k(last = queue.take());
+    // Of the next tile and of the one before, whose V is still to come. A read of the page table takes long: it is made
+    // before a stage is waited for, and once for K and V.
+    Sm90Place k_place = {}, v_place = {};
+    const auto look_up = [&] {
+      const i32 key_tile = queue.take();
+      k_place = place_of(key_tile, copier / kApartK);
+      return kApartK == kApartV ? k_place : place_of(key_tile, copier / kApartV);
+    };
+    if (tiles > 0) {
+      v_place = look_up();
+      load_k(k_place);
+    }
     if constexpr (kBringsQ) load_q<C>(launch, shared, q_ring, work);
     // The next item is taken while the last tiles wait for a free stage: not sooner, since a block that is still busy
     // must not hold work that an idle one could do, and not later, since finding its tiles takes as long as computing
@@ -291,18 +299,18 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
       if (n == early) {
         if constexpr (kTakes)
           publish(launch, shared, scheduler, item + 1);
-        else if (kLeads && lane == 0)
+        else if (lane == 0)
           ptx::mbarrier_arrive(shared.work_free());
       }
       if (n >= tiles) break;
-      const i32 next = queue.take();
+      const Sm90Place next = look_up();
       // In the order in which a consumer needs them.
-      if constexpr (C.overlap == 0) load_v(last);
-      load_k(next);
-      if constexpr (C.overlap != 0) load_v(last);
-      last = next;
+      if constexpr (C.overlap == 0) load_v(v_place);
+      load_k(k_place);
+      if constexpr (C.overlap != 0) load_v(v_place);
+      v_place = next;
     }
-    if (tiles > 0) load_v(last);
+    if (tiles > 0) load_v(v_place);
   }
 }
 

@@ -1,7 +1,6 @@
 // Chooses tiles, packing and splits from the problem's shape alone: lengths in device memory are not read.
 #include "host/plan_sm90.h"
 
-#include <cmath>
 #include <numeric>
 
 #include "host/plan_forward.h"
@@ -35,20 +34,15 @@ KeyRows key_rows(const AttnParams& p) {
 
 bool masked(const AttnParams& p) { return p.causal || p.window_left >= 0 || p.window_right >= 0; }
 bool ragged(const AttnParams& p) { return p.cu_seqlens_q || p.cu_seqlens_k || p.seqused_q || p.seqused_k; }
+bool uneven(const AttnParams& p) { return masked(p) || ragged(p); }  // blocks may have different numbers of keys
 
 // `group` rows are a token each.
 Sight sight_of(const AttnParams& p, i64 group) {
   const i64 tokens = kWarpgroupRows / group;
   const i64 right = p.causal ? 0 : p.window_right;
-  if (!masked(p) && !ragged(p)) return {kEveryKey, 0, tokens};
+  if (!uneven(p)) return {kEveryKey, 0, tokens};
   const bool window = p.window_left >= 0 && p.window_left < p.seqlen_k - 1 && right >= 0 && !p.full_from;
   return window ? Sight{kWindow, p.window_left + min(right, p.seqlen_k), tokens} : Sight{kSomeKeys, 0, tokens};
-}
-
-// The share of the processors' time that blocks fill. Of uneven ones, the longest first, one has twice the mean's work.
-double busy(i64 blocks, bool uneven, i64 slots) {
-  const double waves = double(blocks) / double(slots);
-  return uneven ? min(1., waves / 2) : waves / std::ceil(waves);
 }
 
 struct Shape {
@@ -69,24 +63,26 @@ Shape shape_of(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune*
   // A packed tile's queries are one box of (heads, tokens): both are powers of 2.
   s.group = std::gcd(heads_in_common(p), kWarpgroupRows);
   // Where rows see different keys, packed ones, which are of fewer tokens, have fewer tiles to compute and to mask.
-  const bool packs = p.seqlen_q <= kPackWholeTokens || masked(p) || ragged(p);
+  const bool packs = p.seqlen_q <= kPackWholeTokens || uneven(p);
   if (!packs || p.seqlen_q * s.group > kMostRows) s.group = 1;
   c.pack = s.group > 1;
   const i64 rows = p.seqlen_q * s.group, groups = p.num_heads / s.group;
+  const Sight sight = sight_of(p, s.group);
   const auto blocks_of = [&](const FwdSm90Config& config) {
     const i64 all = p.batch * ceil_div<i64>(rows, config.block_m);
     return groups * (c.packed ? min(all, p.total_q * s.group / config.block_m + p.batch) : all);
   };
-  s.fits = tile ? set_tile(c, *tile, device.smem_per_block)
-                : tune_forward_sm90(c, rows, sight_of(p, s.group), device.smem_per_block);
+  s.fits = tile ? set_tile(c, *tile, device.smem_per_block) : tune_forward_sm90(c, rows, sight, device.smem_per_block);
   if (!s.fits) return s;
   // Tall tiles compute faster, but few of them leave processors idle.
   FwdSm90Config low = c;
   const auto busy_with = [&](const FwdSm90Config& config) {
-    return busy(blocks_of(config), masked(p) || ragged(p), device.sm_count);
+    const i64 blocks = blocks_of(config);
+    // The longest first, of which one has twice the mean's work.
+    return uneven(p) ? min(1., double(blocks) / double(2 * device.sm_count)) : busy(blocks, device.sm_count);
   };
   if (!tile && c.block_m > kLowRows && busy_with(c) < 0.95 &&
-      tune_forward_sm90(low, rows, sight_of(p, s.group), device.smem_per_block, kLowRows) &&
+      tune_forward_sm90(low, rows, sight, device.smem_per_block, kLowRows) &&
       busy_with(low) > busy_with(c) * (1 + 0.05 * (consumers(c) - consumers(low))))
     c = low;
   s.m_blocks = ceil_div<i64>(rows, c.block_m);
@@ -95,30 +91,46 @@ Shape shape_of(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune*
   return s;
 }
 
-// Few rows: parts fill the GPU. Prompts: the number that costs least, where merging two parts takes the time of a tenth
-// of a key for each of their rows, and a start.
+// The mean of a row's visible keys, as a share of a sequence's: half of them where rows are causal.
+double share_of_keys(const AttnParams& p) {
+  if (ragged(p) || !p.causal || p.window_left >= 0 || p.seqlen_k < p.seqlen_q) return 1;
+  return 1 - double(p.seqlen_q) / double(2 * p.seqlen_k);
+}
+
+// Few rows: parts fill the GPU. Prompts: the number that costs least. Costs are multiplications of one multiprocessor,
+// fitted to what 1 to 8 heads of 1024 to 4096 tokens take (docs/hopper-forward.md).
 i64 splits_of(const AttnParams& p, const Shape& s, const DeviceInfo& device) {
-  constexpr i64 kFewestKeys = 256;  // of a part: fewer cost more to write and to merge than they save
-  constexpr i64 kStartKeys = 256;
-  const i64 keys = s.key_tiles * s.config.block_n, most = keys / kFewestKeys;
-  if (s.config.block_m == kWarpgroupRows) return choose_splits(s.blocks, most, device.sm_count);
-  if (fills(s.blocks, device.sm_count)) return 1;
+  const i64 keys = s.key_tiles * s.config.block_n, slots = device.sm_count;
+  if (s.config.block_m == kWarpgroupRows) {
+    constexpr i64 kFewestKeys = 256;  // of a part: fewer cost more to write and to merge than they save
+    return choose_splits(s.blocks, keys / kFewestKeys, slots);
+  }
+  constexpr double kStartPart = 5e6, kStartMerge = 11e6, kMergeRow = 2, kMergeRowAlone = 64;
+  const double share = share_of_keys(p), key = double(s.config.block_m) * double(p.head_dim + p.head_dim_v);
+  if (share < 1 ? double(s.blocks) * share >= double(slots) : fills(s.blocks, slots)) return 1;
   const auto cost = [&](i64 n) {
-    const i64 merge = n == 1 ? 0 : kStartKeys + p.num_heads * p.total_q * (n + 2) / 40;
-    return ceil_div<i64>(s.blocks * n, device.sm_count) * ceil_div(keys, n) + merge;
+    const double part = double(ceil_div(keys, n)), waves = double(ceil_div(s.blocks * n, slots));
+    // Uneven parts are dealt out the longest first.
+    const double most = share < 1 ? max(part, double(s.blocks) * double(keys) * share / double(slots)) : part * waves;
+    const double merging = kMergeRow * double(n + 1) + (n > kFewParts ? kMergeRowAlone : 0);
+    const double merge = kStartMerge + merging * double(p.num_heads * p.total_q * p.head_dim_v);
+    return most * key + waves * kStartPart + (n > 1 ? merge : 0);
   };
   i64 best = 1;
-  for (i64 n = 2; n <= min(most, kMaxSplits); ++n)
+  for (i64 n = 2; n <= min(s.key_tiles, kMaxSplits); ++n)
     if (cost(n) < cost(best)) best = n;
   return best;
 }
 
-// Groups of heads whose row blocks are dealt out together: as many as share the L2 cache with their K and V. The
-// last section must not be much smaller than the others: its few heads would not fill the GPU to the end.
+// Groups of heads whose row blocks are dealt out together, the longest first: as many as share the L2 cache with their
+// K and V, or so few that those which work on a head at a time share its tiles as they come. The last section must not
+// be much smaller than the others: its few heads would not fill the GPU to the end.
 i64 section_of(const AttnParams& p, const Shape& s, const DeviceInfo& device) {
   const i64 all = p.batch * (p.num_heads / s.group), sharing = p.num_heads / p.num_heads_k / s.group;
   const i64 bytes = max<i64>(1, p.seqlen_k * (p.head_dim + p.head_dim_v) * 2);
-  const i64 fit = max<i64>(1, device.l2_bytes * 7 / 10 / bytes) * max<i64>(1, sharing);
+  constexpr i64 kBlocksSharing = 16;
+  const i64 together = max<i64>(1, max(device.l2_bytes * 7 / 10 / bytes, device.sm_count / kBlocksSharing));
+  const i64 fit = together * max<i64>(1, sharing);
   const i64 fewest = fit / 2 + 1;
   i64 section = min(all, fit);
   while (section > fewest && ((all - 1) % section + 1) * 4 < section * 3) {
@@ -198,12 +210,11 @@ void add_forward_sm90(Plan& plan, const AttnParams& p, const DeviceInfo& device,
   s.config.split = plan.num_splits > 1;
   if (s.config.split) s.config.stages_q = 1, s.config.staging = kFromRegisters;  // parts are long, and registers few
   const i64 tiles = s.blocks * plan.num_splits, grid = min<i64>(tiles, device.sm_count);
-  const bool uneven = masked(p) || ragged(p);
   plan.values[kGroup] = s.group;
   plan.values[kRowBlocks] = s.m_blocks;
-  plan.values[kSection] = uneven ? section_of(p, s, device) : 1;
+  plan.values[kSection] = masked(p) ? section_of(p, s, device) : 1;
   plan.values[kTiles] = tiles;
-  plan.values[kDynamic] = uneven && tiles > grid;
+  plan.values[kDynamic] = uneven(p) && tiles > grid;
   plan.values[kForwardAt] = plan.count;
   if (plan.values[kDynamic]) {
     plan.offsets[kCounter] = plan.reserve(i64(sizeof(u32)));

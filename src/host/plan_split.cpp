@@ -3,12 +3,6 @@
 #include <numeric>
 
 namespace strobe::host {
-namespace {
-
-constexpr i64 kFewParts = 8;  // one warp merges them as fast as four: it reads four at a time
-
-}  // namespace
-
 i64 heads_in_common(const AttnParams& p) { return std::gcd(p.num_heads / p.num_heads_k, p.num_heads / p.num_heads_v); }
 
 i64 visible_keys(const AttnParams& p, i64 tokens) {
@@ -22,14 +16,10 @@ i64 visible_keys(const AttnParams& p, i64 tokens) {
 i64 choose_splits(i64 blocks, i64 most, i64 slots) {
   if (fills(blocks, slots)) return 1;
   const i64 limit = min(kMaxSplits, most);
-  const auto busy = [&](i64 splits) {
-    const i64 all = blocks * splits, waves = ceil_div(all, slots);
-    return double(all) / double(waves * slots);
-  };
   double best = 0;
-  for (i64 n = 1; n <= limit; ++n) best = max(best, busy(n));
+  for (i64 n = 1; n <= limit; ++n) best = max(best, busy(blocks * n, slots));
   for (i64 n = 1; n <= limit; ++n)
-    if (busy(n) >= 0.85 * best) return n;
+    if (busy(blocks * n, slots) >= 0.85 * best) return n;
   return 1;
 }
 
@@ -43,10 +33,12 @@ void reserve_splits(Plan& plan, const AttnParams& p, i64 splits) {
 
 void add_combine(Plan& plan, const AttnParams& p, const DeviceInfo& device) {
   if (plan.num_splits == 1) return;
-  const CombineConfig config = {i32(p.dtype), i32(p.head_dim_v), plan.num_splits <= kFewParts ? kCombineWarps : 1};
+  const bool few = plan.num_splits <= kFewParts;
+  const CombineConfig config = {i32(p.dtype), i32(p.head_dim_v), few ? kCombineWarps * kCombineRows : 1};
   Launch& combine = plan.add();
   combine.kernel = kernel_ref(kCombine, config);
-  combine.grid[0] = u32(ceil_div<i64>(p.batch * p.num_heads * p.seqlen_q, config.rows));
+  const i64 units = p.batch * p.num_heads * CombineLaunch::units(p, plan.num_splits);
+  combine.grid[0] = u32(ceil_div<i64>(units, few ? kCombineWarps : 1));
   combine.threads = u32(threads(config));
   combine.smem = u32(smem_bytes(config));
   combine.overlaps = device.arch >= 90;

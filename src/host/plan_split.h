@@ -30,6 +30,9 @@ constexpr i64 kMaxSplits = 128;
 // Whether blocks keep nearly all of `slots`, the places for blocks on the GPU, busy.
 constexpr bool fills(i64 blocks, i64 slots) { return blocks * 5 >= slots * 4; }
 
+// The share of its time that a slot works, where all blocks take the same time.
+constexpr double busy(i64 blocks, i64 slots) { return double(blocks) / double(ceil_div(blocks, slots) * slots); }
+
 // The fewest splits that keep `slots` nearly as busy as the best number does.
 // `blocks`: without splits. `most`: splits that leave each of them enough to do.
 i64 choose_splits(i64 blocks, i64 most, i64 slots);

@@ -8,8 +8,9 @@
 
 namespace strobe::host {
 
-// Which keys rows see: all of them the same ones, different ones, or those of a window.
-enum Masking { kEveryKey, kSomeKeys, kWindow };
+// Which keys rows see: all of them the same ones, different ones, or those of a window. Of a table's row also: keys in
+// pages, or in pages that a tile of 64 keys divides, so that one box brings it.
+enum Masking { kEveryKey, kSomeKeys, kWindow, kPages, kWholePages };
 
 // What a warpgroup's rows see.
 struct Sight {
@@ -21,7 +22,7 @@ struct Sight {
 struct FwdSm90Tune {
   int max_rows;            // query rows (packed with heads), where there are few
   int max_dim, max_dim_v;  // head_dim and head_dim_v, rounded up to 16
-  int masking;             // for kEveryKey or kWindow alone, or (kSomeKeys) for all
+  int masking;             // for kSomeKeys: any call, else for such calls alone
   int block_m, block_n, stages, pingpong, overlap, stages_q, staging;
 };
 
@@ -56,21 +57,23 @@ constexpr FwdSm90Tune kFwdSm90Tune[] = {
     {    1024, 128, 128, kEveryKey, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},
     {     512, 128, 128, kSomeKeys, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},
     {    1024, 128, 128, kSomeKeys, 192,  96, 2, 1, 0, 2, kInPlaceOfQ},
+    {kAnyRows, 128, 128,    kPages, 192,  96, 2, 1, 0, 2, kInPlaceOfQ},
+    {kAnyRows, 128, 128,    kPages, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},  // with soft caps
     {kAnyRows, 128, 128, kSomeKeys, 192,  80, 3, 1, 1, 2, kInPlaceOfQ},
     {kAnyRows, 128, 128, kSomeKeys, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},  // where there are few
     {     512, 192, 128, kSomeKeys, 128,  64, 3, 1, 1, 2, kInPlaceOfQ},
     {    1024, 192, 128, kEveryKey, 128,  96, 2, 1, 1, 2, kInPlaceOfQ},
     {    1024, 192, 128, kSomeKeys, 128,  64, 3, 1, 1, 2, kInPlaceOfQ},
+    {kAnyRows, 192, 128, kWholePages, 192, 64, 3, 1, 1, 1, kFromRegisters},
+    {kAnyRows, 192, 128,    kPages, 192,  80, 2, 1, 1, 1, kFromRegisters},
     {    4096, 192, 128, kSomeKeys, 192,  64, 3, 1, 1, 1, kFromRegisters},
     {kAnyRows, 192, 128, kSomeKeys, 192,  80, 2, 1, 1, 1, kFromRegisters},
-    // Pages.
-    {kAnyRows, 128, 128, kEveryKey, 128, 176, 2, 1, 1, 1, kFromRegisters},
-    {kAnyRows, 128, 128, kSomeKeys, 128, 128, 2, 1, 1, 1, kFromRegisters},
-    {kAnyRows, 192, 128, kSomeKeys, 128, 128, 2, 0, 1, 1, kFromRegisters},
     // Wide heads.
     {kAnyRows, 256, 128, kSomeKeys, 128,  96, 2, 0, 1, 1, kFromRegisters},
     {kAnyRows, 128, 192, kSomeKeys, 128, 128, 2, 1, 1, 1, kFromRegisters},
     {kAnyRows, 192, 192, kSomeKeys, 128, 112, 2, 0, 1, 1, kFromRegisters},
+    {kAnyRows, 128, 256, kWholePages, 128, 64, 3, 1, 1, 1, kFromRegisters},
+    {kAnyRows, 128, 256,    kPages, 128,  80, 2, 1, 1, 1, kFromRegisters},
     {kAnyRows, 128, 256, kSomeKeys, 128,  80, 2, 0, 1, 1, kFromRegisters},
     {kAnyRows, 256, 256, kSomeKeys, 128,  64, 2, 1, 1, 1, kFromRegisters},
 };
@@ -87,17 +90,18 @@ constexpr bool set_tile(FwdSm90Config& c, const FwdSm90Tune& row, i64 smem_per_b
   const bool registers = !(c.packed && c.softcap);  // for more than the least
   c.stages_q = registers ? row.stages_q : 1;
   const bool fits = row.staging != kInPlaceOfQ || panels(c.head_dim_v) <= panels(c.head_dim);
-  c.staging = registers && fits && !c.paged ? row.staging : i32(kFromRegisters);
+  c.staging = registers && fits ? row.staging : i32(kFromRegisters);
   return valid(c) && smem_bytes(c) <= smem_per_block;
 }
 
 // Keys that the warpgroups of a tile compute, and a few for each step, where tiles end with the tile's last row
-// (Mask::shift).
+// (Mask::shift), with pages where its last box does.
 constexpr i64 window_cost(const FwdSm90Config& c, const Sight& sight) {
   constexpr i64 kStep = 18;
+  const i64 reach = sight.reach + max(0, c.paged - 1);
   i64 tiles = 0;
   for (i64 w = 0; w < consumers(c); ++w)
-    tiles += ceil_div((w + 1) * sight.tokens + sight.reach, i64(c.block_n)) - w * sight.tokens / c.block_n;
+    tiles += ceil_div((w + 1) * sight.tokens + reach, i64(c.block_n)) - w * sight.tokens / c.block_n;
   return tiles * (c.block_n + kStep) * (c.overlap ? 9 : 8) / consumers(c);  // without overlap a key costs less
 }
 
@@ -106,12 +110,15 @@ constexpr bool tune_forward_sm90(FwdSm90Config& c, i64 rows, const Sight& sight,
                                  i32 most = kAnyRows) {
   FwdSm90Config best;
   i64 least = kUnbounded;
+  const i32 page = c.paged;
   for (const FwdSm90Tune& row : kFwdSm90Tune) {
-    if (rows > row.max_rows || round_up_16(c.head_dim) > row.max_dim || round_up_16(c.head_dim_v) > row.max_dim_v ||
-        (row.masking != kSomeKeys && row.masking != sight.masking) || row.block_m > most)
+    const bool meant = row.masking == kPages        ? page > 0
+                       : row.masking == kWholePages ? page == 64
+                                                    : row.masking == kSomeKeys || row.masking == sight.masking;
+    if (!meant || rows > row.max_rows || round_up_16(c.head_dim) > row.max_dim ||
+        round_up_16(c.head_dim_v) > row.max_dim_v || row.block_m > most)
       continue;
-    // Beside three consumers a producer of pages has too few registers; it brings one stage of Q.
-    if (c.paged && (row.block_m >= 192 || row.stages_q > 1)) continue;
+    c.paged = page;
     if (!set_tile(c, row, smem_per_block)) continue;
     if (sight.masking != kWindow) return true;
     const i64 cost = window_cost(c, sight);

@@ -213,11 +213,13 @@ bool wrote_rows_only(const Problem& problem) {
   return true;
 }
 
-// The second kernel of a split call, with a block or a warp for each row.
+// The second kernel of a split call: where a warp may merge a few rows, also with a block for each.
 template <int kHeadDimV, int kRows>
-bool combine_parts(emulator::Block& block, const AttnParams& p, const CombineLaunch& launch) {
+bool combine_parts(emulator::Block& block, const AttnParams& p, CombineLaunch launch) {
   constexpr CombineConfig kConfig = {i32(DType::bf16), kHeadDimV, kRows};
-  const u32 blocks = u32(ceil_div<i64>(p.batch * p.num_heads * p.seqlen_q, kRows));
+  if (kRows == 1) launch.rows = FastDivisor::of(u32(p.seqlen_q));
+  const i64 units = p.batch * p.num_heads * i64(launch.rows.divisor);
+  const u32 blocks = u32(kRows == 1 ? units : ceil_div<i64>(units, kCombineWarps));
   bool ended = true;
   for (u32 i = 0; ended && i < blocks; ++i)
     ended = block.run(u32(threads(kConfig)), i, blocks, [&] { combine<kConfig>(launch); });
@@ -260,8 +262,9 @@ void run(int problems, unsigned seed) {
       ended = block.run(u32(threads(C)), i, plan.launches[0].grid[0], [&] { fwd_sm90<C>(launch); });
     if constexpr (C.split != 0) {
       const auto& parts = *reinterpret_cast<const CombineLaunch*>(blocks.blocks[1]);
-      ended = ended && (n % 2 ? combine_parts<C.head_dim_v, 1>(block, p, parts)
-                              : combine_parts<C.head_dim_v, kCombineWarps>(block, p, parts));
+      const bool alone = n % 2 || parts.num_splits > kFewParts;
+      ended = ended && (alone ? combine_parts<C.head_dim_v, 1>(block, p, parts)
+                              : combine_parts<C.head_dim_v, kCombineWarps * kCombineRows>(block, p, parts));
     }
     const double error = !ended ? 0 : wrote_rows_only(problem) ? worst_error(p) : 1e10;
     const bool good = ended && error <= 1;
@@ -314,6 +317,10 @@ int main(int count, char** arguments) {
   run<FwdSm90Config{3, 128, 200, 128, 32, 2, 1, 1, 1, 0, 0, 0, 0, 0, kInOwnPlace}>(problems, 35);
   run<FwdSm90Config{3, 64, 104, 192, 32, 2, 2, 1, 0, 1, 0, 0, 1, 0, kInOwnPlace}>(problems, 36);
   run<FwdSm90Config{3, 40, 64, 64, 32, 2, 1, 0, 1, 1, 0, 0, 0, 0, kInOwnPlace}>(problems, 37);
+  run<FwdSm90Config{3, 64, 64, 128, 32, 2, 2, 1, 1, 0, 16, 0, 0, 0, kInPlaceOfQ}>(problems, 40);
+  run<FwdSm90Config{3, 64, 64, 192, 48, 2, 2, 1, 1, 1, 8, 0, 1, 0, kInPlaceOfQ}>(problems, 41);
+  run<FwdSm90Config{3, 64, 40, 192, 32, 3, 2, 1, 0, 0, 32, 0, 1, 0, kInPlaceOfQ}>(problems, 42);
+  run<FwdSm90Config{3, 64, 104, 128, 32, 2, 2, 0, 1, 1, 16, 0, 0, 0, kInOwnPlace}>(problems, 43);
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;
 }

@@ -179,6 +179,7 @@ void test_packing() {
 void test_tiles() {
   for (const FwdSm90Tune& row : kFwdSm90Tune) {
     FwdSm90Config c = {i32(DType::bf16), row.max_dim, row.max_dim_v};
+    c.paged = row.masking == kPages ? 16 : row.masking == kWholePages ? 64 : 0;
     expect(
         set_tile(c, row, typical_device(90).smem_per_block) && c.staging == row.staging && c.stages_q == row.stages_q,
         "a row of the table fits, as it is",
@@ -304,7 +305,7 @@ void test_prompts() {
     expect((plan.num_splits > 1) == splits, splits ? "keys are split" : "keys are not split", call);
     if (splits) {
       const i64 rows = plan.launches[1].grid[0] * i64(plan.launches[1].kernel.values[2]);
-      expect(rows >= heads * length && rows < heads * length + 4, "every row is merged", call);
+      expect(rows >= heads * length && rows < heads * (length + 3) + 16, "every row is merged", call);
     }
   };
   has(1024, 16, 128, false);
@@ -312,7 +313,48 @@ void test_prompts() {
   has(4096, 8, 128, false);
   has(4096, 64, 192, false);
   has(4096, 2, 128, true);
+  has(4096, 4, 128, true);
+  has(8192, 4, 128, false);  // causal blocks fill the GPU without, the longest first
   has(3001, 1, 128, true);
+  expect(plan_of(1024, 1).num_splits <= strobe::kFewParts, "parts that a warp merges", "1 head, 1024 tokens");
+}
+
+// Long prompts on pages: tiles as plain calls have them, with boxes that divide a page.
+void test_pages() {
+  const DeviceInfo device = typical_device(90);
+  const auto config = [&](i64 page, i64 dim, i64 dim_v, i64 window) {
+    AttnParams p = dense(4, 4096, 4096, 16, window < 0 ? 16 : 2, dim, dim_v);
+    p.page_size = page, p.num_pages = 4 * 4096 / page, p.max_pages = p.page_table_stride = 4096 / page;
+    p.page_table = p.seqused_k = reinterpret_cast<const i32*>(memory);
+    p.causal = window >= 0, p.window_left = window;
+    return config_of(plan_forward_sm90(p, device));
+  };
+  for (i64 page : {8, 16, 64, 256})
+    for (i64 dim : {64, 96, 128, 256}) {
+      const FwdSm90Config c = config(page, dim, dim, -1);
+      const std::string call = "pages of " + std::to_string(page) + ", dim " + std::to_string(dim);
+      expect(page % c.paged == 0 && c.block_n % c.paged == 0 && c.paged >= 8, "boxes", call);
+      expect(c.block_m == (dim == 64 ? 256 : dim == 256 ? 128 : 192), "rows of a tile", call);
+    }
+  expect(config(64, 192, 128, -1).paged == 64 && config(64, 128, 256, -1).paged == 64, "one box a tile", "pages of 64");
+  expect(config(16, 192, 128, -1).paged == 16 && config(16, 128, 256, -1).paged == 16, "boxes of 16", "pages of 16");
+  expect(config(64, 64, 64, 128).paged < config(64, 64, 64, 128).block_n, "a window's tiles move by boxes",
+         "pages of 64");
+}
+
+// Where only lengths differ, heads follow each other; where rows do, sections come with their longest blocks first.
+void test_order() {
+  const DeviceInfo device = typical_device(90);
+  AttnParams p = dense(16, 1024, 1024, 16, 16, 128, 128);
+  expect(plan_forward_sm90(p, device).values[kDynamic] == 0, "equal blocks need no counter", "plain");
+  p.seqused_k = reinterpret_cast<const i32*>(memory);
+  const Plan lengths = plan_forward_sm90(p, device);
+  expect(lengths.values[kDynamic] == 1 && lengths.values[kSection] == 1, "dealt out, head by head", "lengths");
+  p.seqused_k = nullptr, p.causal = true;
+  const i64 section = plan_forward_sm90(p, device).values[kSection];
+  expect(section > 16 && section <= 128, "as many heads as share the cache", "causal, 1024");
+  p = dense(1, 16384, 16384, 16, 16, 128, 128), p.causal = true;
+  expect(plan_forward_sm90(p, device).values[kSection] >= 8, "at least 8 heads", "causal, 16384");
 }
 
 }  // namespace
@@ -321,6 +363,8 @@ int main() {
   test_append();
   test_splits();
   test_prompts();
+  test_pages();
+  test_order();
   test_every_shape();
   test_packing();
   test_tiles();
