@@ -112,6 +112,7 @@ def amount(task):
         return visible_pairs(case) * row * DTYPES[case.dtype].itemsize / 1e9
     per_pair = {
         "forward": case.head_dim + case.head_dim_v,
+        "decode": case.head_dim + case.head_dim_v,
         "backward": 3 * case.head_dim + 2 * case.head_dim_v,
     }[task.kind]
     return 2 * visible_pairs(case) * per_pair * case.heads / 1e9

@@ -1,6 +1,7 @@
 """The benchmark of the CUDA engines on one GPU: its grid, its marks, and what the GPU can do at best."""
 
 import random
+from dataclasses import replace
 
 from bench.cases import Case, Task
 from bench.gpu_page import tables  # noqa: F401  part of what a machine is
@@ -73,6 +74,29 @@ def decode(quick):
     ]
 
 
+def prompt(quick):
+    """One sequence of few heads, as a GPU of several sees it: too few row blocks to fill it."""
+    cases = [
+        Case((s,), None, "bf16", 128, heads=heads, causal=True)
+        for heads in ((2,) if quick else (1, 2, 4, 8))
+        for s in (1024, 4096)
+    ]
+    return [Task("prompt", "forward", case, "TFLOP/s") for case in cases]
+
+
+def pages(quick):
+    """Prompts whose keys lie in pages, after the same call on plain tensors."""
+    tasks = []
+    for d, dv in ((128, 128),) if quick else SAME:
+        base = dict(dtype="bf16", head_dim=d, head_dim_v=dv, heads=HEADS[d], heads_k=HEADS[d] // 4)
+        for causal in (False, True):
+            plain = Case((4096,) * 4, (4096,) * 4, **base, causal=causal)
+            paged = [replace(plain, layout="paged", page_size=size) for size in (16, 64)]
+            tasks += [Task("pages", "forward", plain, "TFLOP/s")]
+            tasks += [Task("pages", "decode", case, "TFLOP/s") for case in paged]
+    return tasks
+
+
 def append(quick):
     base = dict(dtype="bf16", head_dim=128, heads=32, heads_k=8, causal=True)
     pages = dict(layout="paged", page_size=16)
@@ -116,6 +140,8 @@ def suites(quick):
         "host": host(),
         "jit": jit(),
         "varlen": varlen(quick),
+        "prompt": prompt(quick),
+        "pages": pages(quick),
     }
 
 
@@ -136,6 +162,10 @@ def sequences(batch, seqlen_k, seqlen_q=1):
 
 def dims_of(row):
     return row["params"]["head_dim"], row["params"]["head_dim_v"]
+
+
+def dims_and_mask(row):
+    return *dims_of(row), row["params"]["causal"]
 
 
 def sm80_marks():
@@ -224,6 +254,15 @@ def planner_marks():
         ),
         Mark("decode 64 x 8k, TB/s", chosen("decode", **sequences(64, 8192)), smallest(), at_least(4.3)),
         Mark("decode 128 x 4k, pages of 16, TB/s", chosen("decode", **sequences(128, 4096)), smallest(), at_least(4.1)),
+        *(
+            Mark(
+                f"prompts in pages of {size}: rate / dense, worst pair of dims",
+                either(chosen("pages", page_size=size), chosen("pages", page_size=None)),
+                worst_group(dims_and_mask, rate_share(lambda row: row["params"]["page_size"] is not None)),
+                at_least(0.95),
+            )
+            for size in (16, 64)
+        ),
         Mark(
             "decode 1 x 128k, 64/8: time of 8 tokens / of 1",
             either(chosen("decode", **sequences(1, 131072)), chosen("decode", **sequences(1, 131072, 8))),

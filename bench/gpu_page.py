@@ -9,6 +9,8 @@ TITLES = {
     "bwd": "Backward (the gradient call alone)",
     "window": "Windows (rates count visible pairs)",
     "decode": "Decoding (TB/s of visible keys and values)",
+    "prompt": "Prompts of one sequence and few heads",
+    "pages": "Prompts whose keys lie in pages, after the same call on plain tensors",
     "append": "Appending to a cache, with rotary embedding, and attending",
     "host": "Host time of a call",
     "jit": "First calls",
