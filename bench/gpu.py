@@ -84,7 +84,7 @@ def prompt(quick):
     return [Task("prompt", "forward", case, "TFLOP/s") for case in cases]
 
 
-def pages(quick):
+def paged_prompt(quick):
     """Prompts whose keys lie in pages, after the same call on plain tensors."""
     tasks = []
     for d, dv in ((128, 128),) if quick else SAME:
@@ -141,7 +141,7 @@ def suites(quick):
         "jit": jit(),
         "varlen": varlen(quick),
         "prompt": prompt(quick),
-        "pages": pages(quick),
+        "pages": paged_prompt(quick),
     }
 
 
@@ -258,7 +258,7 @@ def planner_marks():
             Mark(
                 f"prompts in pages of {size}: rate / dense, worst pair of dims",
                 either(chosen("pages", page_size=size), chosen("pages", page_size=None)),
-                worst_group(dims_and_mask, rate_share(lambda row: row["params"]["page_size"] is not None)),
+                worst_group(dims_and_mask, rate_share(is_paged)),
                 at_least(0.95),
             )
             for size in (16, 64)
@@ -278,6 +278,10 @@ def either(*selects):
 
 def is_windowed(row):
     return row["params"]["window"] is not None
+
+
+def is_paged(row):
+    return row["params"]["page_size"] is not None
 
 
 def dense_beside_window(kind):

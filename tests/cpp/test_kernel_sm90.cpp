@@ -213,13 +213,10 @@ bool wrote_rows_only(const Problem& problem) {
   return true;
 }
 
-// The second kernel of a split call: where a warp may merge a few rows, also with a block for each.
+// The second kernel of a split call.
 template <int kHeadDimV, int kRows>
-bool combine_parts(emulator::Block& block, const AttnParams& p, CombineLaunch launch) {
+bool combine_parts(emulator::Block& block, const CombineLaunch& launch, u32 blocks) {
   constexpr CombineConfig kConfig = {i32(DType::bf16), kHeadDimV, kRows};
-  if (kRows == 1) launch.rows = FastDivisor::of(u32(p.seqlen_q));
-  const i64 units = p.batch * p.num_heads * i64(launch.rows.divisor);
-  const u32 blocks = u32(kRows == 1 ? units : ceil_div<i64>(units, kCombineWarps));
   bool ended = true;
   for (u32 i = 0; ended && i < blocks; ++i)
     ended = block.run(u32(threads(kConfig)), i, blocks, [&] { combine<kConfig>(launch); });
@@ -261,10 +258,14 @@ void run(int problems, unsigned seed) {
     for (u32 i = 0; ended && i < plan.launches[0].grid[0]; ++i)
       ended = block.run(u32(threads(C)), i, plan.launches[0].grid[0], [&] { fwd_sm90<C>(launch); });
     if constexpr (C.split != 0) {
-      const auto& parts = *reinterpret_cast<const CombineLaunch*>(blocks.blocks[1]);
-      const bool alone = n % 2 || parts.num_splits > kFewParts;
-      ended = ended && (alone ? combine_parts<C.head_dim_v, 1>(block, p, parts)
-                              : combine_parts<C.head_dim_v, kCombineWarps * kCombineRows>(block, p, parts));
+      CombineLaunch parts = *reinterpret_cast<const CombineLaunch*>(blocks.blocks[1]);
+      if (n % 2 || parts.num_splits > kFewParts) {  // a block for each row, also where a warp may merge a few
+        parts.rows = FastDivisor::of(u32(p.seqlen_q));
+        ended = ended && combine_parts<C.head_dim_v, 1>(block, parts, u32(p.batch * p.num_heads * p.seqlen_q));
+      } else {
+        constexpr int kRows = kCombineWarps * kCombineRows;
+        ended = ended && combine_parts<C.head_dim_v, kRows>(block, parts, plan.launches[1].grid[0]);
+      }
     }
     const double error = !ended ? 0 : wrote_rows_only(problem) ? worst_error(p) : 1e10;
     const bool good = ended && error <= 1;

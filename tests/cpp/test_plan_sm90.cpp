@@ -59,6 +59,12 @@ void pack_sequences(AttnParams& p, i64 total_k) {
   p.q.batch_stride = p.k.batch_stride = p.v.batch_stride = p.out.batch_stride = 0;
 }
 
+// The keys of every sequence lie in pages, and their number on the device.
+void put_in_pages(AttnParams& p, i64 page) {
+  p.page_size = page, p.max_pages = p.page_table_stride = p.seqlen_k / page, p.num_pages = p.batch * p.max_pages;
+  p.page_table = p.seqused_k = reinterpret_cast<const i32*>(memory);
+}
+
 FwdSm90Config config_of(const Plan& plan) {
   FwdSm90Config c;
   i32* const values[] = {&c.dtype,  &c.head_dim, &c.head_dim_v, &c.block_m, &c.block_n,
@@ -140,8 +146,7 @@ void test_every_shape() {
   }
   for (i64 page : {8, 16, 24, 64, 256, 1000}) {
     AttnParams p = dense(3, 1, page * 7, 8, 2, 128, 128);
-    p.page_size = page, p.num_pages = 21, p.max_pages = 7;
-    p.page_table = p.seqused_k = reinterpret_cast<const i32*>(memory);
+    put_in_pages(p, page);
     check(p, "pages of " + std::to_string(page));
   }
   for (i64 heads : {1, 3, 16, 17, 64}) {
@@ -324,8 +329,7 @@ void test_pages() {
   const DeviceInfo device = typical_device(90);
   const auto config = [&](i64 page, i64 dim, i64 dim_v, i64 window) {
     AttnParams p = dense(4, 4096, 4096, 16, window < 0 ? 16 : 2, dim, dim_v);
-    p.page_size = page, p.num_pages = 4 * 4096 / page, p.max_pages = p.page_table_stride = 4096 / page;
-    p.page_table = p.seqused_k = reinterpret_cast<const i32*>(memory);
+    put_in_pages(p, page);
     p.causal = window >= 0, p.window_left = window;
     return config_of(plan_forward_sm90(p, device));
   };
