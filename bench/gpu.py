@@ -87,7 +87,7 @@ def prompt(quick):
 def paged_prompt(quick):
     """Prompts whose keys lie in pages, after the same call on plain tensors."""
     tasks = []
-    for d, dv in ((128, 128),) if quick else SAME:
+    for d, dv in ((128, 128),) if quick else SAME + UNEQUAL:
         base = dict(dtype="bf16", head_dim=d, head_dim_v=dv, heads=HEADS[d], heads_k=HEADS[d] // 4)
         for causal in (False, True):
             plain = Case((4096,) * 4, (4096,) * 4, **base, causal=causal)

@@ -115,7 +115,7 @@ def fa2(task, inputs):
     if task.kind in HOST:
         return None
     if case.head_dim != case.head_dim_v:
-        return fa2_padded(task, inputs)
+        return fa2_padded(task, inputs) if task.kind in ("forward", "backward") else None
     if inputs.cu_seqlens is None and not has_window(case):
         return sdpa_with(SDPBackend.FLASH_ATTENTION, task, inputs)
     if case.keep_first or task.kind not in ("forward", "backward"):

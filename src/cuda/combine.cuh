@@ -37,6 +37,18 @@ struct Combine {
   }
 };
 
+// The state of a row whose parts lanes hold, those whose numbers differ from bit `kFirst` on. Returns the factor of the
+// lane's own part.
+template <int kFirst>
+__device__ __forceinline__ float join(RowState& row) {
+  const float mine = row.max;
+  for (int step = kFirst; step < 32; step *= 2) row.max = max(row.max, __shfl_xor_sync(0xffffffffu, row.max, step));
+  const float factor = row.sum != 0.f ? rescale(mine, row.max) : 0.f;
+  row.sum *= factor;
+  for (int step = kFirst; step < 32; step *= 2) row.sum += __shfl_xor_sync(0xffffffffu, row.sum, step);
+  return factor;
+}
+
 // A block's row.
 template <CombineConfig C>
 __device__ __forceinline__ void combine_row(const CombineLaunch& launch) {
@@ -60,8 +72,7 @@ __device__ __forceinline__ void combine_row(const CombineLaunch& launch) {
     const float2 s = state[first + part * stride];
     merge(row, {s.x, s.y});
   }
-  for (int step = 16; step > 0; step /= 2)
-    merge(row, {__shfl_xor_sync(0xffffffffu, row.max, step), __shfl_xor_sync(0xffffffffu, row.sum, step)});
+  join<1>(row);
 
   float4 sum[kEach] = {};
 #pragma unroll 1
@@ -131,21 +142,13 @@ __device__ __forceinline__ void combine_rows(const CombineLaunch& launch) {
   const i64 first = h * p.total_q + global_row(p, seq, i), stride = p.num_heads * p.total_q;
   const bool used = i + r < seq.seqlen_q;
 
-  RowState mine;
+  RowState row;
   if (used && part < launch.num_splits) {
     const float2 s = reinterpret_cast<const float2*>(launch.partial_state)[first + r + part * stride];
-    mine = {s.x, s.y};
+    row = {s.x, s.y};
   }
-  const u32 seen = __ballot_sync(0xffffffffu, mine.sum != 0.f);  // a part that saw no key was not written
-  RowState row = mine;
+  const u32 seen = __ballot_sync(0xffffffffu, row.sum != 0.f);  // a part that saw no key was not written
   float factor = 0.f;
-  // Under the first loads.
-  const auto find_factors = [&] {
-    for (int step = kRows; step < 32; step *= 2) row.max = max(row.max, __shfl_xor_sync(0xffffffffu, row.max, step));
-    if (mine.sum != 0.f) factor = rescale(mine.max, row.max);
-    row.sum = mine.sum * factor;
-    for (int step = kRows; step < 32; step *= 2) row.sum += __shfl_xor_sync(0xffffffffu, row.sum, step);
-  };
 
   float4 sum[kRows][kEach] = {};
 #pragma unroll 1
@@ -161,7 +164,7 @@ __device__ __forceinline__ void combine_rows(const CombineLaunch& launch) {
           const bool there = (seen >> ((begin + t) * kRows + q) & 1) && Own::column(e) < kDim;
           x[t][q][e] = ptx::ld_global_16(from + (t * stride + q) * kDim + Own::column(e), there);
         }
-    if (begin == 0) find_factors();
+    if (begin == 0) factor = join<kRows>(row);  // under the first loads
 #pragma unroll
     for (int t = 0; t < kTogether; ++t)
 #pragma unroll

@@ -57,8 +57,10 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
   // Gives their place back.
   const auto end_leaving = [&] {
     if (C.staging == kFromRegisters || !leaving) return;
-    if (lane_id() == 0) ptx::tma_store_wait_read();
-    if constexpr (C.staging == kInPlaceOfQ) q_release(q_ring.stage ^ 1);
+    if (ptx::elect()) {
+      ptx::tma_store_wait_read();
+      if constexpr (C.staging == kInPlaceOfQ) ptx::mbarrier_arrive(shared.q_free(q_ring.stage ^ 1));
+    }
     leaving = false;
   };
   if (C.pingpong && warpgroup == consumers(C) - 1) turn_pass();

@@ -99,8 +99,9 @@ __device__ __forceinline__ void clear_unseen(Fragment<16, kD>& out, const float 
       if (scale[r] == 0.f) out.at(r, c) = 0.f;
 }
 
-// Stages the warp's rows in its part of the warpgroup's place, from where a tensor copy takes them: lane 0 knows when
-// they are read (tma_store_wait_read). Where the next sequence's rows lie behind the last ones, lanes write those.
+// Stages the warp's rows in its part of the warpgroup's place, from where a tensor copy takes them: the elected
+// lane knows when they are read (tma_store_wait_read). Where the next sequence's rows lie behind the last ones, lanes
+// write those.
 template <FwdSm90Config C, int kD>
 __device__ __forceinline__ void stage_rows(Fragment<16, kD>& out, const float (&scale)[2], const FwdSm90Launch& launch,
                                            const Sm90Work& work, int row0, u32 place) {
@@ -113,7 +114,9 @@ __device__ __forceinline__ void stage_rows(Fragment<16, kD>& out, const float (&
   const i32 row = work.head.first_row + row0, token = C.pack ? i32(launch.group.quotient(u32(row))) : row;
   const i32 first_token = C.pack ? i32(launch.group.quotient(u32(work.head.first_row))) : work.head.first_row;
   const i32 head = row - token * group;  // of the first row: others follow it where a group has more than kStagedRows
-  const Tile tile = {place + u32(row0 % 64 * 128)};
+  // Of the warp's rows, once more: kept through the item it would be a spilled word.
+  const u32 at = u32(__shfl_sync(0xffffffffu, int(threadIdx.x % 128 / 32), 0)) * 16 * 128;
+  const Tile tile = {place + at};
   const u32 lane_at = lane_address_m(tile);
 #pragma unroll
   for (int n = 0; n < kD / 8; n += 2) {
@@ -128,7 +131,7 @@ __device__ __forceinline__ void stage_rows(Fragment<16, kD>& out, const float (&
   ptx::fence_proxy_async();  // each lane's own writes, for the copy and for the copy of queries that comes here next
   __syncwarp();
   if (!C.packed || row + kStagedRows <= work.rows_q * group) {
-    if (lane_id() == 0) {
+    if (ptx::elect()) {
 #pragma unroll
       for (int c = 0; c < kPanels; ++c)
         ptx::tma_store(launch.out, tile.base + u32(c * 64 * 128), c * 64, work.head_q + (C.pack ? head : 0),

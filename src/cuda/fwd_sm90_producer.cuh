@@ -157,7 +157,7 @@ __device__ __forceinline__ void wait_together(u32 barrier, u32 parity) {
   __syncwarp();
 }
 
-// Takes the next item and tells the other producing warps of it, once all of them know of the one before.
+// Takes the next item and tells the warps that copy of it, once all of them know of the one before.
 template <FwdSm90Config C>
 __device__ __forceinline__ void publish(const FwdSm90Launch& launch, const Sm90Shared<C>& shared,
                                         Sm90Scheduler<C>& scheduler, u32 item) {
@@ -173,16 +173,17 @@ __device__ __forceinline__ void load_q(const FwdSm90Launch& launch, const Sm90Sh
                                        Sm90Ring<C.stages_q>& ring, const Sm90Work& work) {
   const u32 full = shared.q_full(ring.stage);
   wait_together(shared.q_free(ring.stage), ring.parity);
-  if (lane_id() == 0 && work.head.first_row >= 0) {
-    ptx::mbarrier_expect_tx(full, u32(query_bytes(C)));
+  const bool elected = ptx::elect();
+  if (elected && work.head.first_row >= 0) {
+    const i32 head = work.head_q, row = work.q_row, batch = work.q_batch;
     const i32 tokens = C.pack ? i32(launch.group.quotient(64)) : 64;  // of a warpgroup
+    ptx::mbarrier_expect_tx(full, u32(query_bytes(C)));
 #pragma unroll
     for (int w = 0; w < consumers(C); ++w)
 #pragma unroll
       for (int c = 0; c < panels(C.head_dim); ++c)
-        ptx::tma_load(shared.q(ring.stage, w) + c * 64 * 128, launch.q, full, c * 64, work.head_q,
-                      work.q_row + w * tokens, work.q_batch);
-  } else if (lane_id() < q_telling_lanes(C)) {
+        ptx::tma_load(shared.q(ring.stage, w) + c * 64 * 128, launch.q, full, c * 64, head, row + w * tokens, batch);
+  } else if (elected || q_telling_lanes(C) > 1) {
     ptx::mbarrier_arrive(full);
   }
   ring.advance();
@@ -207,8 +208,9 @@ __device__ __forceinline__ void scout(const FwdSm90Launch& launch, const Sm90Sha
 template <FwdSm90Config C>
 __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90Shared<C>& shared, int warp) {
   constexpr int kWarps = producer_warps(C), kBoxes = C.paged ? C.block_n / C.paged : 1;  // of a panel
+  constexpr int kEach = ceil_div(kBoxes, kWarps);
   const AttnParams& p = launch.p;
-  const int lane = lane_id(), copier = kWarps == 1 ? lane : lane * kWarps + warp;
+  const int lane = lane_id();
   const bool leads = kWarps == 1 || warp == 0;
   if (C.split != 0 && leads) ptx::start_dependents();
   if (leads && lane == 0) {
@@ -232,11 +234,6 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
       if constexpr (kBringsQ) load_q<C>(launch, shared, q_ring, work);
       break;
     }
-    // Several warps share a tile's boxes, and where there are lanes enough also a box's panels: the evener the better.
-    constexpr auto panels_apart = [](int dim) {
-      return kWarps > 1 && kBoxes * panels(dim) <= 32 * kWarps ? panels(dim) : 1;
-    };
-    constexpr int kApartK = panels_apart(C.head_dim), kApartV = panels_apart(C.head_dim_v);
     const auto place_of = [&](i32 key_tile, int box) -> Sm90Place {
       const i32 begin = key_tile * C.block_n - (key_tile >= work.run[0].end ? work.shift : 0);
       if constexpr (C.paged == 0) {
@@ -250,16 +247,18 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
       }
     };
     const auto load = [&](const TensorMap& map, u32 to, u32 full, Sm90Place from, i32 head, auto dim) {
-      constexpr int kPanels = panels(dim.value), kApart = panels_apart(dim.value);
-      if (leads && lane == 0) ptx::mbarrier_expect_tx(full, u32(C.block_n * kPanels * 128));
-      if constexpr (kBoxes > 1) __syncwarp();
-      const int box = copier / kApart, first = copier % kApart;
-      if (box >= kBoxes) return;
+      constexpr int kPanels = panels(dim.value);
+      const bool elected = ptx::elect();
+      if (elected && leads) ptx::mbarrier_expect_tx(full, u32(C.block_n * kPanels * 128));
 #pragma unroll
-      for (int c = 0; c < kPanels / kApart; ++c) {
-        const int panel = first + c;
-        ptx::tma_load(to + u32((panel * C.block_n + box * C.paged) * 128), map, full, panel * 64, from.row, head,
-                      from.batch);
+      for (int n = 0; n < kEach; ++n) {
+        const int box = n * kWarps + warp;
+        const i32 row = kBoxes == 1 ? from.row : __shfl_sync(0xffffffffu, from.row, n);
+        const i32 batch = kBoxes == 1 ? from.batch : __shfl_sync(0xffffffffu, from.batch, n);
+        if (!elected || box >= kBoxes) continue;
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel)
+          ptx::tma_load(to + u32((panel * C.block_n + box * C.paged) * 128), map, full, panel * 64, row, head, batch);
       }
     };
     const auto load_k = [&](Sm90Place from) {
@@ -280,11 +279,7 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
     // Of the next tile and of the one before, whose V is still to come. A read of the page table takes long: it is made
     // before a stage is waited for, and once for K and V.
     Sm90Place k_place = {}, v_place = {};
-    const auto look_up = [&] {
-      const i32 key_tile = queue.take();
-      k_place = place_of(key_tile, copier / kApartK);
-      return kApartK == kApartV ? k_place : place_of(key_tile, copier / kApartV);
-    };
+    const auto look_up = [&] { return k_place = place_of(queue.take(), kBoxes == 1 ? 0 : lane * kWarps + warp); };
     if (tiles > 0) {
       v_place = look_up();
       load_k(k_place);

@@ -106,12 +106,6 @@ i64 first_blocks(const AttnParams& p, const BwdConfig& config) {
   return n;
 }
 
-// Kept tokens for bwd_kept, all or none: few of them, where they would make one block of the main kernel much longer
-// than others.
-i64 kept_apart(const AttnParams& p, const BwdConfig& config) {
-  return p.keep_first <= kBwdKept && first_blocks(p, config) > 0 ? p.keep_first : 0;
-}
-
 // Tiles of queries that a block of bwd_kept takes: as many as give every processor all the blocks that it holds.
 i64 kept_tiles(i64 tiles, int sm_count) {
   constexpr i64 kBlocksPerSm = 4, kMost = 16;
@@ -137,11 +131,14 @@ Plan plan_backward(const BackwardParams& params, const DeviceInfo& device, const
   const BwdConfig config = bwd_config(params, tile);
   if (!valid(config)) refuse_dims(p);
   AttnParams main = p;  // what the main kernel sees of it
-  const i64 kept = kept_apart(p, config);
-  if (kept > 0) main.keep_first = 0;
+  i64 first = first_blocks(p, config);
+  // bwd_kept takes all kept tokens, if they are few and would make one block of the main kernel much longer than
+  // others.
+  const i64 kept = first > 0 && p.keep_first <= kBwdKept ? p.keep_first : 0;
+  if (kept > 0) main.keep_first = 0, first = 0;
   Heads heads = share_heads(main, config, device.sm_count);
   const i64 whole = heads.first_blocks, parts = p.num_heads / heads.per_block;
-  if (whole == 0) heads.first_blocks = first_blocks(main, config);
+  if (whole == 0) heads.first_blocks = first;
   const i64 tiles = p.num_heads * q_tiles(p, config.block_m), keys = k_tiles(p, config.block_n, whole) * config.block_n;
   const i64 max_q_tiles = longest_tiles(p.seqlen_q, config.block_m);
   const i64 max_k_tiles = longest_tiles(p.seqlen_k, config.block_n);

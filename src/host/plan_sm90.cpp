@@ -40,9 +40,11 @@ bool uneven(const AttnParams& p) { return masked(p) || ragged(p); }  // blocks m
 Sight sight_of(const AttnParams& p, i64 group) {
   const i64 tokens = kWarpgroupRows / group;
   const i64 right = p.causal ? 0 : p.window_right;
-  if (!uneven(p)) return {kEveryKey, 0, tokens};
+  const i32 page = p.page_size ? i32(std::gcd(p.page_size, i64(64))) : 0;
+  if (!uneven(p)) return {kEveryKey, 0, tokens, page};
   const bool window = p.window_left >= 0 && p.window_left < p.seqlen_k - 1 && right >= 0 && !p.full_from;
-  return window ? Sight{kWindow, p.window_left + min(right, p.seqlen_k), tokens} : Sight{kSomeKeys, 0, tokens};
+  if (!window) return {kSomeKeys, 0, tokens, page};
+  return {kWindow, p.window_left + min(right, p.seqlen_k), tokens, page};
 }
 
 struct Shape {
@@ -58,7 +60,6 @@ Shape shape_of(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune*
   c.head_dim = i32(p.head_dim);
   c.head_dim_v = i32(p.head_dim_v);
   c.packed = p.cu_seqlens_q != nullptr;
-  c.paged = p.page_size ? i32(std::gcd(p.page_size, i64(64))) : 0;
   c.softcap = p.softcap != 0.f;
   // A packed tile's queries are one box of (heads, tokens): both are powers of 2.
   s.group = std::gcd(heads_in_common(p), kWarpgroupRows);
@@ -72,7 +73,8 @@ Shape shape_of(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune*
     const i64 all = p.batch * ceil_div<i64>(rows, config.block_m);
     return groups * (c.packed ? min(all, p.total_q * s.group / config.block_m + p.batch) : all);
   };
-  s.fits = tile ? set_tile(c, *tile, device.smem_per_block) : tune_forward_sm90(c, rows, sight, device.smem_per_block);
+  s.fits = tile ? set_tile(c, *tile, sight.page, device.smem_per_block)
+                : tune_forward_sm90(c, rows, sight, device.smem_per_block);
   if (!s.fits) return s;
   // Tall tiles compute faster, but few of them leave processors idle.
   FwdSm90Config low = c;
@@ -110,21 +112,23 @@ i64 splits_of(const AttnParams& p, const Shape& s, const DeviceInfo& device) {
   if (share < 1 ? double(s.blocks) * share >= double(slots) : fills(s.blocks, slots)) return 1;
   const auto cost = [&](i64 n) {
     const double part = double(ceil_div(keys, n)), waves = double(ceil_div(s.blocks * n, slots));
-    // Uneven parts are dealt out the longest first.
-    const double most = share < 1 ? max(part, double(s.blocks) * double(keys) * share / double(slots)) : part * waves;
+    // Uneven parts are dealt out the longest first: a triangle's fill the waves, those of a short query's are alike.
+    const double alike = 2 * share - 1, mean = double(s.blocks) * double(keys) * share / double(slots);
+    const double most = alike * part * waves + (1 - alike) * max(part, mean);
     const double merging = kMergeRow * double(n + 1) + (n > kFewParts ? kMergeRowAlone : 0);
     const double merge = kStartMerge + merging * double(p.num_heads * p.total_q * p.head_dim_v);
     return most * key + waves * kStartPart + (n > 1 ? merge : 0);
   };
   i64 best = 1;
+  double least = cost(1);
   for (i64 n = 2; n <= min(s.key_tiles, kMaxSplits); ++n)
-    if (cost(n) < cost(best)) best = n;
+    if (const double c = cost(n); c < least) least = c, best = n;
   return best;
 }
 
 // Groups of heads whose row blocks are dealt out together, the longest first: as many as share the L2 cache with their
-// K and V, or so few that those which work on a head at a time share its tiles as they come. The last section must not
-// be much smaller than the others: its few heads would not fill the GPU to the end.
+// K and V, and at least so many that kBlocksSharing blocks work on each at a time, which share its tiles as they come.
+// The last section must not be much smaller than the others: its few heads would not fill the GPU to the end.
 i64 section_of(const AttnParams& p, const Shape& s, const DeviceInfo& device) {
   const i64 all = p.batch * (p.num_heads / s.group), sharing = p.num_heads / p.num_heads_k / s.group;
   const i64 bytes = max<i64>(1, p.seqlen_k * (p.head_dim + p.head_dim_v) * 2);

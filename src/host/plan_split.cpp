@@ -33,12 +33,11 @@ void reserve_splits(Plan& plan, const AttnParams& p, i64 splits) {
 
 void add_combine(Plan& plan, const AttnParams& p, const DeviceInfo& device) {
   if (plan.num_splits == 1) return;
-  const bool few = plan.num_splits <= kFewParts;
-  const CombineConfig config = {i32(p.dtype), i32(p.head_dim_v), few ? kCombineWarps * kCombineRows : 1};
+  const CombineConfig config = {i32(p.dtype), i32(p.head_dim_v), combine_rows(plan.num_splits)};
   Launch& combine = plan.add();
   combine.kernel = kernel_ref(kCombine, config);
   const i64 units = p.batch * p.num_heads * CombineLaunch::units(p, plan.num_splits);
-  combine.grid[0] = u32(ceil_div<i64>(units, few ? kCombineWarps : 1));
+  combine.grid[0] = u32(ceil_div<i64>(units, max(1, config.rows / kCombineRows)));
   combine.threads = u32(threads(config));
   combine.smem = u32(smem_bytes(config));
   combine.overlaps = device.arch >= 90;

@@ -17,6 +17,7 @@ struct Sight {
   Masking masking;
   i64 reach;   // kWindow: keys that a row sees beside its own
   i64 tokens;  // that the 64 rows belong to
+  i32 page;    // most rows of a box of a page of keys; 0: not paged
 };
 
 struct FwdSm90Tune {
@@ -72,25 +73,24 @@ constexpr FwdSm90Tune kFwdSm90Tune[] = {
     {kAnyRows, 256, 128, kSomeKeys, 128,  96, 2, 0, 1, 1, kFromRegisters},
     {kAnyRows, 128, 192, kSomeKeys, 128, 128, 2, 1, 1, 1, kFromRegisters},
     {kAnyRows, 192, 192, kSomeKeys, 128, 112, 2, 0, 1, 1, kFromRegisters},
-    {kAnyRows, 128, 256, kWholePages, 128, 64, 3, 1, 1, 1, kFromRegisters},
-    {kAnyRows, 128, 256,    kPages, 128,  80, 2, 1, 1, 1, kFromRegisters},
+    {kAnyRows, 128, 256, kWholePages, 128, 64, 3, 0, 1, 1, kFromRegisters},
     {kAnyRows, 128, 256, kSomeKeys, 128,  80, 2, 0, 1, 1, kFromRegisters},
     {kAnyRows, 256, 256, kSomeKeys, 128,  64, 2, 1, 1, 1, kFromRegisters},
 };
 // clang-format on
 
-// False where the tile does not fit.
-constexpr bool set_tile(FwdSm90Config& c, const FwdSm90Tune& row, i64 smem_per_block) {
+// False where the tile does not fit. page: as in Sight.
+constexpr bool set_tile(FwdSm90Config& c, const FwdSm90Tune& row, i32 page, i64 smem_per_block) {
   c.block_m = row.block_m;
   c.block_n = row.block_n;
   c.stages = row.stages;
   c.pingpong = row.pingpong;
   c.overlap = row.overlap;
-  if (c.paged) c.paged = std::gcd(c.paged, c.block_n);
+  c.paged = page ? std::gcd(page, c.block_n) : 0;
   const bool registers = !(c.packed && c.softcap);  // for more than the least
   c.stages_q = registers ? row.stages_q : 1;
-  const bool fits = row.staging != kInPlaceOfQ || panels(c.head_dim_v) <= panels(c.head_dim);
-  c.staging = registers && fits ? row.staging : i32(kFromRegisters);
+  c.staging = registers ? row.staging : i32(kFromRegisters);
+  if (!valid(c)) c.staging = kFromRegisters;  // rows wider than their queries have no place there
   return valid(c) && smem_bytes(c) <= smem_per_block;
 }
 
@@ -110,16 +110,14 @@ constexpr bool tune_forward_sm90(FwdSm90Config& c, i64 rows, const Sight& sight,
                                  i32 most = kAnyRows) {
   FwdSm90Config best;
   i64 least = kUnbounded;
-  const i32 page = c.paged;
   for (const FwdSm90Tune& row : kFwdSm90Tune) {
-    const bool meant = row.masking == kPages        ? page > 0
-                       : row.masking == kWholePages ? page == 64
+    const bool meant = row.masking == kPages        ? sight.page > 0
+                       : row.masking == kWholePages ? sight.page == 64
                                                     : row.masking == kSomeKeys || row.masking == sight.masking;
     if (!meant || rows > row.max_rows || round_up_16(c.head_dim) > row.max_dim ||
         round_up_16(c.head_dim_v) > row.max_dim_v || row.block_m > most)
       continue;
-    c.paged = page;
-    if (!set_tile(c, row, smem_per_block)) continue;
+    if (!set_tile(c, row, sight.page, smem_per_block)) continue;
     if (sight.masking != kWindow) return true;
     const i64 cost = window_cost(c, sight);
     if (cost < least) least = cost, best = c;

@@ -184,11 +184,11 @@ void test_packing() {
 void test_tiles() {
   for (const FwdSm90Tune& row : kFwdSm90Tune) {
     FwdSm90Config c = {i32(DType::bf16), row.max_dim, row.max_dim_v};
-    c.paged = row.masking == kPages ? 16 : row.masking == kWholePages ? 64 : 0;
-    expect(
-        set_tile(c, row, typical_device(90).smem_per_block) && c.staging == row.staging && c.stages_q == row.stages_q,
-        "a row of the table fits, as it is",
-        "dims " + std::to_string(row.max_dim) + ", " + std::to_string(row.max_dim_v));
+    const i32 page = row.masking == kPages ? 16 : row.masking == kWholePages ? 64 : 0;
+    expect(set_tile(c, row, page, typical_device(90).smem_per_block) && c.staging == row.staging &&
+               c.stages_q == row.stages_q,
+           "a row of the table fits, as it is",
+           "dims " + std::to_string(row.max_dim) + ", " + std::to_string(row.max_dim_v));
   }
 }
 

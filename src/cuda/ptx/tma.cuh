@@ -14,6 +14,14 @@ __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// True in one lane, always the same, of a warp whose lanes all ask. Copies that it issues take a cycle or a few each:
+// behind another condition the compiler builds a loop over the lanes that may have met it. "elect.sync".
+__device__ __forceinline__ bool elect() {
+  u32 elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}" : "=r"(elected));
+  return elected != 0;
+}
+
 // Arrives and announces bytes that copies will bring. "mbarrier.arrive: .expect_tx".
 __device__ __forceinline__ void mbarrier_expect_tx(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
