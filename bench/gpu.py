@@ -268,6 +268,7 @@ def planner_marks():
             either(chosen("decode", **sequences(1, 131072)), chosen("decode", **sequences(1, 131072, 8))),
             rate_share(lambda row: row["params"]["seqlen_q"] == 8), at_most(1.15),
         ),
+        Mark("first forward call of a new Config, s", chosen("jit", kind="new_forward"), largest(), at_most(2.0)),
     ]  # fmt: skip
     return marks
 
