@@ -1,7 +1,8 @@
-"""Checks the order of instructions in Hopper kernels, without a GPU: the exponentials of a tile must stand between the
-wait for its scores and the wait for the output, else nothing runs under the multiplication by V. Neither a warning nor
-a wrong result tells when the assembler moved that wait. Configs without overlap wait for each multiplication alone:
-nothing else is asked of them.
+"""Checks instructions of Hopper kernels, without a GPU, that neither a warning nor a wrong result tells of.
+
+The exponentials of a tile must stand between the wait for its scores and the wait for the output, else nothing runs
+under the multiplication by V; Configs without overlap wait for each multiplication alone. And no tensor copy may stand
+in a loop over lanes, which the compiler builds where it does not know that one lane alone comes there (ptx::elect).
 
 usage: check_sass.py [--share 1.0] CUBIN...     needs nvdisasm (pip install nvidia-cuda-nvdisasm, or a CUDA toolkit)
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 
 OVERLAP = re.compile(rb"fwd_sm90\{.*?overlap=(\d)")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);")
+LANE_LOOP = "BRA.U.ANY"  # ends a loop over lanes around an instruction that takes uniform registers
 # What the loop's order is made of.
 SCORES_WAIT, OUTPUT_WAIT, EXPONENTIAL, MULTIPLY = "scores", "output", "ex2", "gemm"
 
@@ -40,6 +42,10 @@ def overlaps(cubin: Path) -> bool:
     """Of a file of the kernel cache, whose header names the Config; of any other image: yes."""
     named = OVERLAP.search(cubin.read_bytes())
     return not named or named[1] == b"1"
+
+
+def lane_loops(sass: str) -> int:
+    return sum(operation == LANE_LOOP for operation, _ in INSTRUCTION.findall(sass))
 
 
 def events(sass: str) -> list[str]:
@@ -74,7 +80,11 @@ def main() -> int:
     nvdisasm = find_nvdisasm()
     failed = 0
     for cubin in options.cubins:
-        order = events(disassemble(nvdisasm, cubin))
+        sass = disassemble(nvdisasm, cubin)
+        if loops := lane_loops(sass):
+            failed += 1
+            print(f"{cubin.name}: {loops} copies stand in loops over lanes FAILED")
+        order = events(sass)
         if not overlaps(cubin):
             bad = SCORES_WAIT in order
             failed += bad
