@@ -115,7 +115,7 @@ def fa2(task, inputs):
     if task.kind in HOST:
         return None
     if case.head_dim != case.head_dim_v:
-        return fa2_padded(task, inputs) if task.kind in ("forward", "backward") else None
+        return fa2_padded(task, inputs)
     if inputs.cu_seqlens is None and not has_window(case):
         return sdpa_with(SDPBackend.FLASH_ATTENTION, task, inputs)
     if case.keep_first or task.kind not in ("forward", "backward"):
@@ -139,7 +139,8 @@ def fa2_padded(task, inputs):
     dim = max(case.head_dim, case.head_dim_v)
     wide = type(inputs)(**vars(inputs))
     for name in ("q", "k", "v", "dout"):
-        setattr(wide, name, padded(getattr(inputs, name), dim))
+        if getattr(inputs, name) is not None:
+            setattr(wide, name, padded(getattr(inputs, name), dim))
     found = sdpa_with(SDPBackend.FLASH_ATTENTION, task, wide)
     if found is None:
         return None

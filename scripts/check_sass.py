@@ -29,13 +29,14 @@ def find_nvdisasm() -> str:
     return found or sys.exit("check_sass.py: there is no nvdisasm: pip install nvidia-cuda-nvdisasm")
 
 
-def disassemble(nvdisasm: str, cubin: Path) -> str:
-    """Of an image, or of a file of the kernel cache, where the image follows a header."""
+def disassemble(nvdisasm: str, cubin: Path) -> list[tuple[str, str]]:
+    """The instructions of an image, or of a file of the kernel cache, where the image follows a header."""
     content = cubin.read_bytes()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as image:
         image.write(content[content.index(b"\x7fELF") :])
         image.flush()
-        return subprocess.run([nvdisasm, "-c", image.name], check=True, capture_output=True, text=True).stdout
+        sass = subprocess.run([nvdisasm, "-c", image.name], check=True, capture_output=True, text=True).stdout
+    return INSTRUCTION.findall(sass)
 
 
 def overlaps(cubin: Path) -> bool:
@@ -44,13 +45,13 @@ def overlaps(cubin: Path) -> bool:
     return not named or named[1] == b"1"
 
 
-def lane_loops(sass: str) -> int:
-    return sum(operation == LANE_LOOP for operation, _ in INSTRUCTION.findall(sass))
+def lane_loops(instructions: list[tuple[str, str]]) -> int:
+    return sum(operation == LANE_LOOP for operation, _ in instructions)
 
 
-def events(sass: str) -> list[str]:
+def events(instructions: list[tuple[str, str]]) -> list[str]:
     found = []
-    for operation, operands in INSTRUCTION.findall(sass):
+    for operation, operands in instructions:
         if operation.startswith("WARPGROUP.DEPBAR"):
             found.append(SCORES_WAIT if "0x1" in operands else OUTPUT_WAIT)
         elif operation.startswith("MUFU.EX2"):
@@ -80,11 +81,11 @@ def main() -> int:
     nvdisasm = find_nvdisasm()
     failed = 0
     for cubin in options.cubins:
-        sass = disassemble(nvdisasm, cubin)
-        if loops := lane_loops(sass):
+        instructions = disassemble(nvdisasm, cubin)
+        if loops := lane_loops(instructions):
             failed += 1
             print(f"{cubin.name}: {loops} copies stand in loops over lanes FAILED")
-        order = events(sass)
+        order = events(instructions)
         if not overlaps(cubin):
             bad = SCORES_WAIT in order
             failed += bad

@@ -259,11 +259,11 @@ void run(int problems, unsigned seed) {
       ended = block.run(u32(threads(C)), i, plan.launches[0].grid[0], [&] { fwd_sm90<C>(launch); });
     if constexpr (C.split != 0) {
       CombineLaunch parts = *reinterpret_cast<const CombineLaunch*>(blocks.blocks[1]);
-      if (n % 2 || parts.num_splits > kFewParts) {  // a block for each row, also where a warp may merge a few
+      if (n % 2 || combine_rows(parts.num_splits) == 1) {  // a block for each row, also where a warp may merge a few
         parts.rows = FastDivisor::of(u32(p.seqlen_q));
         ended = ended && combine_parts<C.head_dim_v, 1>(block, parts, u32(p.batch * p.num_heads * p.seqlen_q));
       } else {
-        constexpr int kRows = kCombineWarps * kCombineRows;
+        constexpr int kRows = combine_rows(kFewParts);
         ended = ended && combine_parts<C.head_dim_v, kRows>(block, parts, plan.launches[1].grid[0]);
       }
     }
