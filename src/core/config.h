@@ -89,12 +89,12 @@ constexpr void fields(const CombineConfig& c, F f) {
 }
 constexpr int kCombineWarps = 4, kCombineRows = 4;
 constexpr int kFewParts = 8;  // that a warp merges alone
-constexpr i32 combine_rows(i64 parts) { return parts > kFewParts ? 1 : kCombineWarps * kCombineRows; }
+constexpr i32 rows_of_block(i64 parts) { return parts > kFewParts ? 1 : kCombineWarps * kCombineRows; }
 constexpr int threads(const CombineConfig&) { return kCombineWarps * 32; }
 constexpr i64 smem_bytes(const CombineConfig& c) { return c.rows == 1 ? i64(kCombineWarps - 1) * c.head_dim_v * 4 : 0; }
 constexpr bool valid(const CombineConfig& c) {
   return c.head_dim_v > 0 && c.head_dim_v % 8 == 0 &&
-         (c.rows == combine_rows(kFewParts) || c.rows == combine_rows(kFewParts + 1));
+         (c.rows == rows_of_block(kFewParts) || c.rows == rows_of_block(kFewParts + 1));
 }
 
 // Puts new keys and values into the cache and turns q by rotary position.

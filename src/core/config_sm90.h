@@ -23,6 +23,7 @@ struct FwdSm90Config {
   i32 pack = 0;     // query heads that share K and V heads share a tile
   i32 softcap = 0;
   i32 staging = kFromRegisters;
+  i32 kept = 0;  // 1 to kKeptKeys kept tokens, which no window's tile reaches, have a step of their own
 
   constexpr bool operator==(const FwdSm90Config&) const = default;
 };
@@ -44,6 +45,7 @@ constexpr void fields(const FwdSm90Config& c, F f) {
   f("pack", c.pack);
   f("softcap", c.softcap);
   f("staging", c.staging);
+  f("kept", c.kept);
 }
 
 constexpr int consumers(const FwdSm90Config& c) { return c.block_m / 64; }
@@ -99,6 +101,8 @@ constexpr i64 smem_bytes(const FwdSm90Config& c) {
 // it.
 constexpr bool skips(const FwdSm90Config& c) { return round_up_16(c.head_dim_v) <= 192; }
 
+constexpr int kKeptKeys = 16;
+
 constexpr int kStagedRows = 16;  // of a tensor copy: each warp sends its own, and waits for no other
 
 // Registers of a thread, which setmaxnreg deals out: the pool is 64 K. A single consumer needs no dealing.
@@ -112,7 +116,8 @@ constexpr bool valid(const FwdSm90Config& c) {
          c.head_dim > 0 && c.head_dim <= 256 && c.head_dim_v > 0 && c.head_dim_v <= 256 && c.block_m > 0 &&
          c.block_m % 64 == 0 && c.block_m <= 256 && c.block_n % 16 == 0 && c.block_n > 0 && c.block_n <= 256 &&
          c.stages >= 2 && (c.stages_q == 1 || (c.stages_q == 2 && consumers(c) > 1)) &&
-         !(c.pingpong && c.block_m == 64) && (c.overlap || !c.softcap) &&  // no registers for it
+         !(c.pingpong && c.block_m == 64) && !(c.kept && !skips(c)) &&
+         (c.overlap || !c.softcap) &&  // no registers for it
          (c.staging == kFromRegisters || !c.split) &&
          // Q's other place takes the next item's queries while rows leave.
          (c.staging != kInPlaceOfQ || (c.stages_q == 2 && panels(c.head_dim_v) <= panels(c.head_dim))) &&

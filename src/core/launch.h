@@ -48,7 +48,7 @@ struct CombineLaunch {
 
   // What a block, or of few parts a warp, merges of each head and sequence: rows, or their groups.
   STROBE_HD static i64 units(const AttnParams& p, i64 num_splits) {
-    return ceil_div<i64>(p.seqlen_q, min(combine_rows(num_splits), kCombineRows));
+    return ceil_div<i64>(p.seqlen_q, min(rows_of_block(num_splits), kCombineRows));
   }
   STROBE_HD static CombineLaunch of(const AttnParams& p, const float* out, const float* state, i32 num_splits) {
     const u32 rows = u32(units(p, num_splits));

@@ -96,10 +96,9 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
     bool begun = false;  // whether there is a tile before
     bool fresh = true;   // whether there is no output either
 
-    const auto score = [&](auto& s, i32 tile, auto masked) {
+    const auto score = [&](auto& s, i32 tile, bool masked) {
       if constexpr (!kPlain) apply_score<true, false>(s, p.scale, p.softcap, [](int) { return RowBias{}; });
-      if constexpr (masked.value)
-        apply_mask(s, tile * kKeys, [&](int r) { return shared.bounds()[row0 + Fragment<16, 8>::row(r)]; });
+      if (masked) apply_mask(s, tile * kKeys, [&](int r) { return shared.bounds()[row0 + Fragment<16, 8>::row(r)]; });
     };
     // Each warp finds the bounds of its own rows, under a multiplication.
     const auto find_bounds = [&] {
@@ -123,10 +122,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       ptx::wgmma_wait<0>();
       ptx::pin(s);
       k_release();
-      if (full)
-        score(s, tile, Int<0>{});
-      else
-        score(s, tile, Int<1>{});
+      score(s, tile, !full);
       softmax.update(s, log2_scale, true);
       probabilities = to_operand<kType>(s);
       if (kSkips && !fresh) softmax.rescale(out);
@@ -147,7 +143,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       if (--left > 0) k_wait();
       begun = true;
     };
-    // Any other: its scores, and under its exponentials the tile before by V.
+    // Any other: its scores, and under its exponentials the tile before by V. masked: an Int, or a bool.
     const auto step = [&](i32 tile, auto masked) {
       Scores s;
       turn_wait();
@@ -232,7 +228,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       finish_last();
       ptx::pin(s);
       k_release();
-      score(s, 0, Int<1>{});
+      score(s, 0, true);
       if (softmax.update(s, log2_scale)) softmax.rescale(out);
       const Operand<16, kKeptKeys> kept = to_operand<kType>(s);
       probabilities = {};
@@ -274,9 +270,11 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
         skip(tile - seen.end);
         tile = seen.end;
       }
-      if (kSkips && r == 0 && begun && (head.start & kKeptAlone)) {
-        kept_step();
-        break;
+      if constexpr (C.kept != 0) {
+        if (r == 0 && begun && (head.start & kKeptAlone)) {
+          kept_step();
+          break;
+        }
       }
       const i32 full_begin = max(run.full_begin, seen_begin), full_end = max(run.full_end, seen_begin);
       if (kSkips ? !begun && tile > seen_begin : tile == first_tile + 1 && tile > seen_begin) {
@@ -286,11 +284,17 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       }
 #pragma unroll 1
       while (tile > seen_begin) {
-        const i32 stop = tile > full_end ? full_end : tile > full_begin ? tile : seen_begin;
+        if constexpr (kPlain) {
+          const i32 stop = tile > full_end ? full_end : tile > full_begin ? tile : seen_begin;
 #pragma unroll 1
-        while (tile > stop) take(--tile, Int<1>{});
+          while (tile > stop) take(--tile, Int<1>{});
 #pragma unroll 1
-        while (tile > full_begin) take(--tile, Int<0>{});
+          while (tile > full_begin) take(--tile, Int<0>{});
+        } else {
+          // A cap is long: two steps with it would take the compiler twice the time, and masking is little beside it.
+          --tile;
+          take(tile, tile < full_begin || tile >= full_end);
+        }
       }
       if (kSkips && seen_begin > run.begin) {
         if (begun) {

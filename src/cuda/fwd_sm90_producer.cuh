@@ -124,8 +124,7 @@ __device__ __forceinline__ void prepare(const FwdSm90Launch& launch, Sm90Schedul
       start = (start & 2) | r | (run.full_begin > run.begin || run.full_end < run.end ? 2 : 0);
     }
     const Run32 kept = walk.run[0];
-    if (kept.begin == 0 && kept.end == 1 && walk.run[1].begin > 1 && work.mask.keep_first <= kKeptKeys)
-      start |= kKeptAlone;
+    if (C.kept && kept.begin == 0 && kept.end == 1 && walk.run[1].begin > 1) start |= kKeptAlone;
     // Only a sequence's last tile reaches beyond its keys. What follows them there is another sequence's, or unused
     // memory: the tensor map makes zeros only of what lies outside of the tensor.
     const i32 keys = work.mask.seqlen_k, in_tile = keys - (end - 1) * C.block_n;
@@ -208,7 +207,7 @@ __device__ __forceinline__ void scout(const FwdSm90Launch& launch, const Sm90Sha
 template <FwdSm90Config C>
 __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90Shared<C>& shared, int warp) {
   constexpr int kWarps = producer_warps(C), kBoxes = C.paged ? C.block_n / C.paged : 1;  // of a panel
-  constexpr int kEach = ceil_div(kBoxes, kWarps);
+  constexpr int kEach = ceil_div(kBoxes, kWarps);  // of a warp: its lanes know where, and the elected lane copies
   const AttnParams& p = launch.p;
   const int lane = lane_id();
   const bool leads = kWarps == 1 || warp == 0;
@@ -276,13 +275,12 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
 
     const i32 tiles = work.head.tiles;
     Sm90Queue queue(work);
-    // Of the next tile and of the one before, whose V is still to come. A read of the page table takes long: it is made
-    // before a stage is waited for, and once for K and V.
-    Sm90Place k_place = {}, v_place = {};
-    const auto look_up = [&] { return k_place = place_of(queue.take(), kBoxes == 1 ? 0 : lane * kWarps + warp); };
+    // A read of the page table takes long: it is made before a stage is waited for, and once for K and V.
+    const auto look_up = [&] { return place_of(queue.take(), kBoxes == 1 ? 0 : lane * kWarps + warp); };
+    Sm90Place last = {};  // of the tile whose V is still to come
     if (tiles > 0) {
-      v_place = look_up();
-      load_k(k_place);
+      last = look_up();
+      load_k(last);
     }
     if constexpr (kBringsQ) load_q<C>(launch, shared, q_ring, work);
     // The next item is taken while the last tiles wait for a free stage: not sooner, since a block that is still busy
@@ -300,12 +298,12 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
       if (n >= tiles) break;
       const Sm90Place next = look_up();
       // In the order in which a consumer needs them.
-      if constexpr (C.overlap == 0) load_v(v_place);
-      load_k(k_place);
-      if constexpr (C.overlap != 0) load_v(v_place);
-      v_place = next;
+      if constexpr (C.overlap == 0) load_v(last);
+      load_k(next);
+      if constexpr (C.overlap != 0) load_v(last);
+      last = next;
     }
-    if (tiles > 0) load_v(v_place);
+    if (tiles > 0) load_v(last);
   }
 }
 

@@ -14,6 +14,7 @@ namespace strobe {
 template <int kValue>
 struct Int {
   static constexpr int value = kValue;
+  constexpr operator int() const { return value; }
 };
 
 // A tile's number, taken apart.
@@ -112,9 +113,7 @@ struct Sm90Scheduler {
   }
 };
 
-// So many kept tokens have a step of their own, where no row's window reaches their tile.
-constexpr int kKeptKeys = 16;
-constexpr i32 kKeptAlone = 4;
+constexpr i32 kKeptAlone = 4;  // of Sm90Work::head.start
 
 // What the consumers need to know of a work item. What they read first lies together: it stands between an item's end
 // and the next one's start.
@@ -124,7 +123,7 @@ struct Sm90Work {
     i32 tiles;      // of the walk
     i32 stale;      // rows of V in the first tile that must not be read begin here
     i32 start;  // bit 0: the run of the first tile; 1: some tile is masked; kKeptAlone: of the run of kept tokens, the
-                // first kKeptKeys keys are all that is seen
+                // first kKeptKeys keys are all that is seen, and have a step of their own
   } head;
   struct alignas(16) {
     i32 begin, full_begin, full_end, end;

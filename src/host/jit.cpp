@@ -41,13 +41,15 @@ std::string keep_sources(const std::string& source, const std::string& options, 
   return fs::exists(folder / "log.txt", error) ? folder.string() : "";
 }
 
-// The number before `word` in ptxas's report, such as "Used 128 registers" or "16 bytes spill stores".
+// The number before `word` in ptxas's report, such as "Used 128 registers" or "16 bytes spill stores". Its remarks also
+// speak of registers, without a number.
 int number_before(const std::string& log, const char* word) {
-  const size_t at = log.find(word);
-  if (at == std::string::npos) return 0;
-  size_t begin = at;
-  while (begin > 0 && log[begin - 1] >= '0' && log[begin - 1] <= '9') --begin;
-  return std::atoi(log.substr(begin, at - begin).c_str());
+  for (size_t at = log.find(word); at != std::string::npos; at = log.find(word, at + 1)) {
+    size_t begin = at;
+    while (begin > 0 && log[begin - 1] >= '0' && log[begin - 1] <= '9') --begin;
+    if (begin < at) return std::atoi(log.substr(begin, at - begin).c_str());
+  }
+  return 0;
 }
 
 // Of this thread, in which NVRTC does all its work: what else the machine does counts little.

@@ -76,6 +76,7 @@ Shape shape_of(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune*
   s.fits = tile ? set_tile(c, *tile, sight.page, device.smem_per_block)
                 : tune_forward_sm90(c, rows, sight, device.smem_per_block);
   if (!s.fits) return s;
+  c.kept = skips(c) && p.window_left >= 0 && p.keep_first > 0 && p.keep_first <= kKeptKeys;
   // Tall tiles compute faster, but few of them leave processors idle.
   FwdSm90Config low = c;
   const auto busy_with = [&](const FwdSm90Config& config) {
@@ -243,7 +244,7 @@ void fill_forward_sm90(const AttnParams& p, const Plan& plan, void* workspace, L
   const Partials parts = partials_of(plan, workspace);
   const int at = int(plan.values[kForwardAt]);
   FwdSm90Config c;
-  static_assert(sizeof c == sizeof(i32) * 15);
+  static_assert(sizeof c == sizeof(i32) * 16);
   std::memcpy(&c, plan.launches[at].kernel.values, sizeof c);
   const i64 group = plan.values[kGroup], groups = p.num_heads / group, section = plan.values[kSection];
   const KeyRows keys = key_rows(p);

@@ -33,7 +33,7 @@ void reserve_splits(Plan& plan, const AttnParams& p, i64 splits) {
 
 void add_combine(Plan& plan, const AttnParams& p, const DeviceInfo& device) {
   if (plan.num_splits == 1) return;
-  const CombineConfig config = {i32(p.dtype), i32(p.head_dim_v), combine_rows(plan.num_splits)};
+  const CombineConfig config = {i32(p.dtype), i32(p.head_dim_v), rows_of_block(plan.num_splits)};
   Launch& combine = plan.add();
   combine.kernel = kernel_ref(kCombine, config);
   const i64 units = p.batch * p.num_heads * CombineLaunch::units(p, plan.num_splits);

@@ -70,6 +70,7 @@ Problem make(const FwdSm90Config& c) {
   if (below(2)) p.window_left = pick({0, 5, 40, 100});
   if (!p.causal && below(3) == 0) p.window_right = pick({0, 7, 60});
   if (p.window_left >= 0 && below(2)) p.keep_first = pick({1, 4, 70});
+  if (c.kept) p.window_left = pick({0, 5, 40, 100}), p.keep_first = pick({1, 4, kKeptKeys});
   p.force_fa_decode = below(4) == 0;
   i64 rows_q = p.batch * p.seqlen_q, pages = 0;
   if (c.packed) {
@@ -259,11 +260,11 @@ void run(int problems, unsigned seed) {
       ended = block.run(u32(threads(C)), i, plan.launches[0].grid[0], [&] { fwd_sm90<C>(launch); });
     if constexpr (C.split != 0) {
       CombineLaunch parts = *reinterpret_cast<const CombineLaunch*>(blocks.blocks[1]);
-      if (n % 2 || combine_rows(parts.num_splits) == 1) {  // a block for each row, also where a warp may merge a few
+      if (n % 2 || rows_of_block(parts.num_splits) == 1) {  // a block for each row, also where a warp may merge a few
         parts.rows = FastDivisor::of(u32(p.seqlen_q));
         ended = ended && combine_parts<C.head_dim_v, 1>(block, parts, u32(p.batch * p.num_heads * p.seqlen_q));
       } else {
-        constexpr int kRows = combine_rows(kFewParts);
+        constexpr int kRows = rows_of_block(kFewParts);
         ended = ended && combine_parts<C.head_dim_v, kRows>(block, parts, plan.launches[1].grid[0]);
       }
     }
@@ -284,7 +285,8 @@ void run(int problems, unsigned seed) {
 
 int main(int count, char** arguments) {
   const int problems = count > 1 ? std::atoi(arguments[1]) : 9;
-  // dtype, dims, block_m, block_n, stages, stages_q, pingpong, overlap, packed, paged, split, pack, softcap, staging
+  // dtype, dims, block_m, block_n, stages, stages_q, pingpong, overlap, packed, paged, split, pack, softcap, staging,
+  // kept
   run<FwdSm90Config{3, 64, 64, 128, 32, 2, 2, 1}>(problems, 1);
   run<FwdSm90Config{3, 64, 64, 192, 48, 2, 2, 1}>(problems, 2);
   run<FwdSm90Config{3, 40, 72, 128, 48, 2, 1, 0, 1, 0, 0, 0, 0, 1}>(problems, 3);
@@ -322,6 +324,12 @@ int main(int count, char** arguments) {
   run<FwdSm90Config{3, 64, 64, 192, 48, 2, 2, 1, 1, 1, 8, 0, 1, 0, kInPlaceOfQ}>(problems, 41);
   run<FwdSm90Config{3, 64, 40, 192, 32, 3, 2, 1, 0, 0, 32, 0, 1, 0, kInPlaceOfQ}>(problems, 42);
   run<FwdSm90Config{3, 64, 104, 128, 32, 2, 2, 0, 1, 1, 16, 0, 0, 0, kInOwnPlace}>(problems, 43);
+  run<FwdSm90Config{3, 64, 64, 64, 32, 2, 1, 0, 1, 0, 0, 0, 1, 0, kFromRegisters, 1}>(problems, 50);
+  run<FwdSm90Config{3, 64, 72, 128, 32, 2, 1, 1, 1, 0, 0, 0, 0, 1, kFromRegisters, 1}>(problems, 51);
+  run<FwdSm90Config{3, 64, 64, 192, 48, 2, 2, 1, 1, 1, 0, 0, 1, 0, kInPlaceOfQ, 1}>(problems, 52);
+  run<FwdSm90Config{3, 64, 64, 256, 48, 3, 2, 1, 0, 0, 0, 0, 1, 0, kInPlaceOfQ, 1}>(problems, 53);
+  run<FwdSm90Config{3, 40, 104, 128, 32, 2, 1, 0, 0, 1, 8, 0, 0, 0, kFromRegisters, 1}>(problems, 54);
+  run<FwdSm90Config{3, 64, 64, 64, 32, 2, 1, 0, 1, 0, 16, 1, 1, 0, kFromRegisters, 1}>(problems, 55);
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;
 }

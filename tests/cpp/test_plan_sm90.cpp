@@ -67,9 +67,9 @@ void put_in_pages(AttnParams& p, i64 page) {
 
 FwdSm90Config config_of(const Plan& plan) {
   FwdSm90Config c;
-  i32* const values[] = {&c.dtype,  &c.head_dim, &c.head_dim_v, &c.block_m, &c.block_n,
-                         &c.stages, &c.stages_q, &c.pingpong,   &c.overlap, &c.packed,
-                         &c.paged,  &c.split,    &c.pack,       &c.softcap, &c.staging};
+  i32* const values[] = {&c.dtype,    &c.head_dim, &c.head_dim_v, &c.block_m, &c.block_n, &c.stages,
+                         &c.stages_q, &c.pingpong, &c.overlap,    &c.packed,  &c.paged,   &c.split,
+                         &c.pack,     &c.softcap,  &c.staging,    &c.kept};
   for (size_t i = 0; i < std::size(values); ++i) *values[i] = plan.launches[0].kernel.values[i];
   static_assert(sizeof c == sizeof(i32) * std::size(values));  // every field is there
   return c;
@@ -87,6 +87,8 @@ void check(const AttnParams& p, const std::string& call) {
   const Launch& l = plan.launches[0];
   expect(i64(l.smem) == smem_bytes(c) && smem_bytes(c) <= device.smem_per_block, "shared memory", call);
   expect(l.threads == u32(threads(c)), "threads", call);
+  const bool few_kept = p.window_left >= 0 && p.keep_first >= 1 && p.keep_first <= 16;
+  expect((c.kept != 0) == (few_kept && c.head_dim_v <= 192), "a step for a few kept tokens", call);
   expect(l.grid[0] >= 1 && l.grid[0] <= u32(device.sm_count), "a persistent grid", call);
   const i64 pool = 128 * (producer_registers(c) + consumers(c) * consumer_registers(c));
   expect(consumers(c) == 1 || pool <= 65536, "registers that are dealt out exist", call);
@@ -159,8 +161,15 @@ void test_every_shape() {
       p = dense(1, length, length, heads, heads, 64, 64);
       p.window_left = length / 2;
       check(p, "windows, heads " + std::to_string(heads) + " length " + std::to_string(length));
+      for (i64 kept : {1, 16, 17}) {
+        p.keep_first = kept;
+        check(p, "windows and " + std::to_string(kept) + " kept tokens, heads " + std::to_string(heads));
+      }
     }
   }
+  AttnParams wide = dense(2, 4096, 4096, 8, 8, 128, 256);
+  wide.window_left = 500, wide.keep_first = 4;
+  check(wide, "windows and 4 kept tokens, wide");
   check(dense(1, 1, 1, 1, 1, 8, 8), "one pair");
   check(dense(1, 16384, 16384, 16, 16, 128, 128), "one long sequence");
 }

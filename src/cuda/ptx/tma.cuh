@@ -14,8 +14,8 @@ __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// True in one lane, always the same, of a warp whose lanes all ask. Copies that it issues take a cycle or a few each:
-// behind another condition the compiler builds a loop over the lanes that may have met it. "elect.sync".
+// True in one lane, always the same, of a warp whose lanes all ask. Tensor copies belong behind it: behind any other
+// condition the compiler does not see that one lane alone comes there, and builds a loop over lanes. "elect.sync".
 __device__ __forceinline__ bool elect() {
   u32 elected;
   asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}" : "=r"(elected));

@@ -18,16 +18,18 @@ __device__ __forceinline__ void wgmma_wait() {
 template <int kN>
 __device__ __forceinline__ void pin(Fragment<16, kN>& f) {
 #pragma unroll
-  for (int n = 0; n < kN / 8; ++n)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(f.x[0][n][e])::"memory");
+  for (int n = 0; n < kN / 8; ++n) {
+    float (&x)[4] = f.x[0][n];
+    asm volatile("" : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3]));
+  }
 }
 template <int kK>
 __device__ __forceinline__ void pin(Operand<16, kK>& a) {
 #pragma unroll
-  for (int k = 0; k < kK / 16; ++k)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) asm volatile("" : "+r"(a.x[0][k][e])::"memory");
+  for (int k = 0; k < kK / 16; ++k) {
+    u32(&x)[4] = a.x[0][k];
+    asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3]));
+  }
 }
 
 // "Shared Memory Matrix Layout", "Matrix Descriptor Format": 128-byte swizzle, 8 rows are 1024 bytes apart. Rows that
