@@ -8,12 +8,16 @@ Kernels that were found clean stay in the folder; only those whose sources chang
 
 import argparse
 import ctypes
+import itertools
 import json
+import math
 import os
 import re
+import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "python" / "strobe"))
@@ -21,11 +25,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "python" / "strobe"))
 import cli  # noqa: E402 - without the package, which needs torch and an extension
 
 # Of processor time, on the host of an H200, which takes REFERENCE_SECONDS for reference_kernel.cu; elsewhere as many
-# times more as the reference takes there. What else a machine does makes it longer, never shorter: a kernel that takes
-# more is compiled again, in turns with the reference, and its least time counts.
+# times more as the reference takes there. Machines differ by a factor of 2, and one by 1.6 from minute to minute: what
+# seems too slow is compiled again, each time between two references, and its best ratio to them counts.
 MAX_SECONDS = 2.0
-REFERENCE_SECONDS = 1.1
-TRIES = 4
+REFERENCE_SECONDS = 0.97
+TRIES = 5
+# (pattern of "sm_90 fwd_sm90{...}", seconds, why it cannot be less); none of them ships
+SLOW: list[tuple[str, float, str]] = [
+    # 2.2 to 2.3: without the rows of 192 columns, which leave from registers, the assembler takes half its time.
+    (r"sm_90 fwd_sm90\{.*head_dim_v=192, block_m=128, block_n=128, .*paged=[1-9]", 2.6, "in pages alone"),
+]
 # (pattern of "sm_90 fwd_sm80{...}", most bytes of spills and stack, why it cannot be without)
 ALLOWED: list[tuple[str, float, str]] = [
     # 163 KiB hold no tile that is as fast: the scores of 64 x 128 leave 255 registers for two gradients of 64 each.
@@ -43,12 +52,13 @@ def title(kernel: cli.Kernel) -> str:
     return f"sm_{kernel.arch} {kernel.name}"
 
 
-def allowed_bytes(kernel: cli.Kernel) -> float:
-    return max((most for pattern, most, _ in ALLOWED if re.search(pattern, title(kernel))), default=0)
+def exception(table: list[tuple[str, float, str]], kernel: cli.Kernel, rule: float) -> float:
+    """What the table allows this kernel, or what the rule allows all others."""
+    return max((most for pattern, most, _ in table if re.search(pattern, title(kernel))), default=rule)
 
 
-class Pace:
-    """How fast this machine compiles: the least time that the reference has taken."""
+class Reference:
+    """A text that never changes, whose seconds say how fast this machine compiles now."""
 
     def __init__(self) -> None:
         path = Path(os.environ.get("STROBE_NVRTC", "libnvrtc.so"))
@@ -56,28 +66,29 @@ class Pace:
             ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)
         self.nvrtc = ctypes.CDLL(str(path))
         self.text = (Path(__file__).parent / "reference_kernel.cu").read_bytes()
-        self.seconds = min(self.compile() for _ in range(TRIES))
+        self.numbers = itertools.count()
 
-    def compile(self) -> float:
-        program, options = ctypes.c_void_p(), (ctypes.c_char_p * 2)(b"--gpu-architecture=sm_90a", b"--ptxas-options=-v")
+    def seconds(self) -> float:
+        # No text twice: NVRTC may remember one.
+        text = self.text.replace(b"reference(", b"reference_%d(" % next(self.numbers))
+        program, options = ctypes.c_void_p(), (ctypes.c_char_p * 1)(b"--gpu-architecture=sm_90a")
         start = time.thread_time()
-        failed = self.nvrtc.nvrtcCreateProgram(ctypes.byref(program), self.text, b"reference.cu", 0, None, None)
+        failed = self.nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, b"reference.cu", 0, None, None)
         failed = failed or self.nvrtc.nvrtcCompileProgram(program, len(options), options)
-        seconds = time.thread_time() - start
+        taken = time.thread_time() - start
         if failed:
             raise RuntimeError(f"NVRTC does not compile reference_kernel.cu: error {failed}")
         self.nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-        return seconds
+        return taken
 
-    def again(self) -> None:
-        self.seconds = min(self.seconds, self.compile())
-
-    def allowed(self) -> float:
-        return MAX_SECONDS * self.seconds / REFERENCE_SECONDS
+    def busy_seconds(self, jobs: int) -> float:
+        """While so many compile at a time."""
+        with ThreadPoolExecutor(jobs) as pool:
+            return statistics.median(pool.map(lambda _: self.seconds(), range(3 * jobs)))
 
 
 def problem_of(kernel: cli.Kernel) -> str | None:
-    allowed = allowed_bytes(kernel)
+    allowed = exception(ALLOWED, kernel, 0)
     if max(kernel.spill_bytes, kernel.stack_bytes) > allowed:
         return (
             f"{title(kernel)}: {kernel.spill_bytes} bytes of spills, {kernel.stack_bytes} of stack, "
@@ -87,19 +98,23 @@ def problem_of(kernel: cli.Kernel) -> str | None:
     return f"{title(kernel)}: {warnings[0]}" if warnings else None
 
 
-def compile_again(kernel: cli.Kernel, pace: Pace, calls: list[str], keep: Path, library: ctypes.CDLL) -> float:
-    """The least seconds of some more tries, until they are allowed, while nothing else is compiled here."""
-    least = kernel.seconds
+def compile_again(
+    kernel: cli.Kernel, allowed: float, reference: Reference, calls: list[str], keep: Path, library: ctypes.CDLL
+) -> float:
+    """What it would take on the machine of REFERENCE_SECONDS: the least of some tries, until one is allowed."""
+    least = math.inf
     # The folder has every kernel by now: this only asks which call needs this one.
     asks = (c for c in calls if kernel.file in {k.file for k in cli.compile_call(library, c, kernel.arch, keep)})
     call = next(asks)
     for _ in range(TRIES):
-        if least <= pace.allowed():
-            break
-        pace.again()
+        before = reference.seconds()
         with tempfile.TemporaryDirectory() as folder:
             again = cli.compile_call(library, call, kernel.arch, Path(folder))
-        least = min([least, *(other.seconds for other in again if other.name == kernel.name)])
+        pace = (before + reference.seconds()) / 2
+        seconds = min(other.seconds for other in again if other.name == kernel.name)
+        least = min(least, seconds * REFERENCE_SECONDS / pace)
+        if least <= allowed:
+            break
     return least
 
 
@@ -137,7 +152,7 @@ def main() -> int:
         problem = problem_of(kernel)
         if problem:
             problems.append(problem)
-        elif kernel.seconds > pace.allowed():
+        elif kernel.seconds * REFERENCE_SECONDS / pace > exception(SLOW, kernel, MAX_SECONDS):
             slow.append(kernel)
         else:
             marker(Path(kernel.file)).touch()
@@ -149,7 +164,8 @@ def main() -> int:
             )
 
     cli.find_nvrtc()
-    pace = Pace()
+    reference = Reference()
+    pace = reference.busy_seconds(options.jobs)
     strobe = cli.load_library(library)
     lists = [(options.list, options.arch)]
     if 90 in options.arch:
@@ -158,10 +174,10 @@ def main() -> int:
         problems += cli.compile_list(path, archs, options.keep, strobe, options.jobs, report)
     calls = [call for path, _ in lists for call in cli.calls_of(json.loads(path.read_text()))]
     for kernel in slow:
-        seconds = compile_again(kernel, pace, calls, options.keep, strobe)
-        allowed = pace.allowed()
+        allowed = exception(SLOW, kernel, MAX_SECONDS)
+        seconds = compile_again(kernel, allowed, reference, calls, options.keep, strobe)
         if seconds > allowed:
-            problems.append(f"{title(kernel)}: {seconds:.2f} s to compile, allowed is {allowed:.2f}")
+            problems.append(f"{title(kernel)}: {seconds:.2f} s to compile, allowed is {allowed}")
         else:
             marker(Path(kernel.file)).touch()
     seen = {Path(kernel.file) for kernel in kernels}
@@ -173,7 +189,7 @@ def main() -> int:
     print("\n".join(sorted(problems)))
     print(
         f"{len(kernels)} kernels, {sum(not kernel.cached for kernel in kernels)} of them compiled now, {len(problems)} "
-        f"problems; {len(slow)} compiled again for their time, allowed are {pace.allowed():.1f} s here"
+        f"problems; {len(slow)} compiled again for their time"
         + (f"; the slowest: {longest.seconds:.1f} s, {title(longest)}" if longest else "")
     )
     return bool(problems) or not kernels
