@@ -29,7 +29,7 @@ format: $(VENV)/.ready
 cpp-test: $(VENV)/.ready
 	$(CMAKE) -B build/cpp
 	$(VENV)/bin/cmake --build build/cpp
-	$(VENV)/bin/ctest --test-dir build/cpp --output-on-failure
+	$(VENV)/bin/ctest --test-dir build/cpp --output-on-failure --parallel $(shell nproc)
 
 build/sanitize/build.ninja: $(VENV)/.ready CMakeLists.txt
 	$(CMAKE) -B build/sanitize -DSTROBE_SANITIZE=ON
@@ -37,7 +37,7 @@ build/sanitize/build.ninja: $(VENV)/.ready CMakeLists.txt
 # The same tests under the address and undefined-behaviour sanitizers.
 sanitize: build/sanitize/build.ninja
 	$(VENV)/bin/cmake --build build/sanitize
-	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
+	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure --parallel $(shell nproc)
 
 # make fuzz PROBLEMS=1000000; one problem again: build/sanitize/fuzz --seed N
 fuzz: build/sanitize/build.ninja
