@@ -3,6 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CMAKE := $(VENV)/bin/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
 	-DPython_EXECUTABLE=$(abspath $(VENV))/bin/python -DSTROBE_TESTS=ON
+CTEST := $(VENV)/bin/ctest --output-on-failure --parallel $(shell nproc)
 SOURCES := $(shell find include src python scripts/embed_sources.py CMakeLists.txt pyproject.toml -type f ! -name '*.pyc')
 PROBLEMS ?= 1000000
 PYTHON ?= python3
@@ -29,7 +30,7 @@ format: $(VENV)/.ready
 cpp-test: $(VENV)/.ready
 	$(CMAKE) -B build/cpp
 	$(VENV)/bin/cmake --build build/cpp
-	$(VENV)/bin/ctest --test-dir build/cpp --output-on-failure --parallel $(shell nproc)
+	$(CTEST) --test-dir build/cpp
 
 build/sanitize/build.ninja: $(VENV)/.ready CMakeLists.txt
 	$(CMAKE) -B build/sanitize -DSTROBE_SANITIZE=ON
@@ -37,7 +38,7 @@ build/sanitize/build.ninja: $(VENV)/.ready CMakeLists.txt
 # The same tests under the address and undefined-behaviour sanitizers.
 sanitize: build/sanitize/build.ninja
 	$(VENV)/bin/cmake --build build/sanitize
-	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure --parallel $(shell nproc)
+	$(CTEST) --test-dir build/sanitize
 
 # make fuzz PROBLEMS=1000000; one problem again: build/sanitize/fuzz --seed N
 fuzz: build/sanitize/build.ninja

@@ -1,7 +1,7 @@
 // The Hopper forward kernel itself, run without a GPU by tests/emulator: random problems against the definition, with
 // copies and multiplications that land at random times. What it shows: no thread waits for ever, nothing is read before
 // it has landed or overwritten before it has been read, every row is written, nothing behind a length is used.
-// usage: test_kernel_sm90 [problems of a Config [part, of so many parts of the Configs]]
+// usage: test_kernel_sm90 [problems of a Config [share, of so many shares of the Configs]]
 #include <cstring>
 #include <string>
 
@@ -226,11 +226,11 @@ bool combine_parts(emulator::Block& block, const CombineLaunch& launch, u32 bloc
 }
 
 int passed = 0, failed = 0;
-int part = 0, parts = 1, configs = 0;  // of every `parts` Configs this process runs one
+int own = 0, shares = 1, configs = 0;  // of every `shares` Configs this process runs one
 
 template <FwdSm90Config C>
 void run(int problems, unsigned seed) {
-  if (configs++ % parts != part) return;
+  if (configs++ % shares != own) return;
   constexpr FwdSm90Tune kTile = {kAnyRows, 256,        256,       kSomeKeys,  C.block_m, C.block_n,
                                  C.stages, C.pingpong, C.overlap, C.stages_q, C.staging};
   for (int n = 0; n < problems; ++n) {
@@ -288,7 +288,7 @@ void run(int problems, unsigned seed) {
 
 int main(int count, char** arguments) {
   const int problems = count > 1 ? std::atoi(arguments[1]) : 9;
-  if (count > 3) part = std::atoi(arguments[2]), parts = std::atoi(arguments[3]);
+  if (count > 3) own = std::atoi(arguments[2]), shares = std::atoi(arguments[3]);
   // dtype, dims, block_m, block_n, stages, stages_q, pingpong, overlap, packed, paged, split, pack, softcap, staging,
   // kept
   run<FwdSm90Config{3, 64, 64, 128, 32, 2, 2, 1}>(problems, 1);
