@@ -56,6 +56,8 @@ def label(case):
         words.append(f"window {case.window[0]}+{case.keep_first}")
     if case.page_size:
         words.append(f"page {case.page_size}")
+    if case.softcap:
+        words.append(f"softcap {case.softcap:g}")
     return " ".join(words)
 
 
@@ -74,6 +76,7 @@ def params(case):
         "window": None if case.window == (-1, -1) else list(case.window),
         "keep_first": case.keep_first,
         "page_size": case.page_size,
+        "softcap": case.softcap,
     }
 
 

@@ -3,34 +3,34 @@ whether their kernels have been compiled before."""
 
 import json
 import time
+from dataclasses import replace
 
 import torch
 
-import strobe
+from bench.cases import label
+from bench.gpu import jit
+from bench.gpu_inputs import make_inputs
+from bench.gpu_peers import SYSTEMS
 
-HEAD_DIMS = (72, 104)  # in no list of kernels that ship compiled
 
-
-def timed(call):
-    start = time.perf_counter()
-    result = call()
+def first_call(task):
+    """Seconds until the results are there; prompts in pages are calls on a cache."""
+    what = task.kind.removeprefix("new_")
+    task = replace(task, kind="decode" if task.case.page_size else what)
+    prepared = SYSTEMS["strobe"](task, make_inputs(task, "cuda"))
     torch.cuda.synchronize()
-    return result, time.perf_counter() - start
+    start = time.perf_counter()
+    with torch.set_grad_enabled(what == "backward"):
+        prepared.call()
+    torch.cuda.synchronize()
+    return f"{what} {label(task.case)}", time.perf_counter() - start
 
 
 def main():
-    d, dv = HEAD_DIMS
-    q, k, v, dout = (torch.randn(1, 512, 4, n, device="cuda", dtype=torch.bfloat16) for n in (d, d, dv, dv))
     # PyTorch's own threads and kernels, and the modules that it imports at a first gradient (over a second).
-    torch.autograd.grad(q.requires_grad_() * 2, q, dout[..., :d])
-    torch.cuda.synchronize()
-    with torch.no_grad():
-        _, forward = timed(lambda: strobe.flash_attn_func(q, k, v, causal=True))
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = strobe.flash_attn_func(*leaves, causal=True)
-    torch.cuda.synchronize()
-    _, backward = timed(lambda: torch.autograd.grad(out, leaves, dout))
-    print(json.dumps({"forward": forward, "backward": backward}))
+    x = torch.randn(8, device="cuda", requires_grad=True)
+    torch.autograd.grad(x * 2, x, torch.ones_like(x))
+    print(json.dumps(dict(first_call(task) for task in jit() if task.kind.startswith("new_"))))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 import bench.gpu_measure as gpu_measure
 import bench.gpu_peers as gpu_peers
 import strobe
-from bench.cases import in_unit
+from bench.cases import in_unit, label
 from bench.gpu_inputs import make_inputs
 from bench.gpu_reference import Judge
 
@@ -116,7 +116,7 @@ def first_process(cache):
 def first_calls(task):
     process, call = task.kind.split("_")
     try:
-        return {"strobe": in_unit(task, fresh_processes()[process][call])}
+        return {"strobe": in_unit(task, fresh_processes()[process][f"{call} {label(task.case)}"])}
     except Exception as error:
         return {"strobe": reason(error)}
 

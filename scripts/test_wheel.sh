@@ -18,4 +18,8 @@ import pathlib, sys, strobe
 
 assert pathlib.Path(strobe.__file__).is_relative_to(sys.prefix), f"strobe is imported from {strobe.__file__}"
 PYTHON
-exec "$venv/bin/python" -m pytest -q -p no:cacheprovider "$root"/tests/{py,compat,hf,vllm} "$@"
+# A process for every core. Each has PyTorch's threads, one a core, too: those that spin while they wait would take the
+# cores from the others.
+export OMP_WAIT_POLICY=passive
+exec "$venv/bin/python" -m pytest -q -p no:cacheprovider -n logical --maxprocesses 8 --dist worksteal \
+	"$root"/tests/{py,compat,hf,vllm} "$@"
