@@ -159,7 +159,8 @@ def save(args, name, tables):
     except ModuleNotFoundError as missing:  # a machine without network may have no matplotlib
         print(f"no plot: {missing}; run python -m bench.plot {args.out} where it is installed")
     else:
-        print(f"{plot(args.out)} written")
+        drawn = plot(args.out)
+        print(f"{drawn} written" if drawn else "no plot: no row has a peer")
     if args.full:
         print(f"{PAGE} has the tables" if page.update(PAGE, name, tables) else f"{PAGE} has no place for {name}")
 
