@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from bench import cases, cpu, gpu, gpu_page, gpu_peers, gpu_run, marks, page, report
+from bench import cases, cpu, gpu, gpu_page, gpu_peers, gpu_run, marks, page, plot, report
 from bench.gpu_inputs import make_inputs
 from bench.gpu_reference import part_of, parts_of
 from bench.gpu_reference import reference as float64
@@ -192,6 +192,15 @@ def test_a_suite_that_was_measured_again_counts_and_says_of_which_sources(tmp_pa
     assert join([new], gpu)[0]["sources"] == "b" * 64 and "Not all" not in gpu.tables(join([new], gpu)[0], [])
     with pytest.raises(SystemExit, match="other sources: c*, and not all of suite fwd"):
         join([new, part], gpu)
+
+
+def test_only_rows_with_a_peer_are_drawn(tmp_path):
+    path = tmp_path / "results.json"
+    rows = [row for row in made_up_rows(gpu, lambda task, name: 1.0).values() if row["suite"] == "host"]
+    alone = [row | dict(peers={}) for row in rows]
+    for given, drawn in ((alone, None), (rows, path.with_suffix(".svg"))):
+        report.write_json(path, dict(device="a GPU", versions={}, ceiling={}, rows=given))
+        assert plot.plot(path) == drawn and path.with_suffix(".svg").exists() == (drawn is not None)
 
 
 def test_results_are_named_after_the_device():
