@@ -42,8 +42,8 @@ def right_of(case):
 
 def strobe_on(backend, task, inputs):
     case = task.case
-    options = dict(causal=case.causal, window_size=case.window, keep_first=case.keep_first, softcap=case.softcap)
-    options |= dict(backend=backend)
+    mask = dict(causal=case.causal, window_size=case.window, keep_first=case.keep_first)
+    options = dict(**mask, softcap=case.softcap, backend=backend)
     if task.kind in HOST:  # as a user writes it
         options = {} if backend is None else dict(backend=backend)
     if task.kind in ("decode", "append"):

@@ -15,7 +15,7 @@ import torch
 import bench.gpu_measure as gpu_measure
 import bench.gpu_peers as gpu_peers
 import strobe
-from bench.cases import in_unit, label
+from bench.cases import in_unit
 from bench.gpu_inputs import make_inputs
 from bench.gpu_reference import Judge
 
@@ -89,24 +89,20 @@ def time_calls(task, calls, budget):
 
 @functools.cache
 def fresh_processes():
-    """What the first calls took in a process with an empty cache, and in a second process.
+    """{task's name: seconds} of first calls in a process with an empty cache, and in a second process.
 
     Medians of three tries: the first of all reads NVRTC from the disk.
     """
-    tries = {"new": [], "again": []}
+    tries = []
     for _ in range(3):
         with tempfile.TemporaryDirectory() as folder:
-            for times in tries.values():
-                times.append(first_process(folder))
-    return {
-        process: {call: statistics.median(t[call] for t in times) for call in times[0]}
-        for process, times in tries.items()
-    }
+            tries.append(first_process("new", folder) | first_process("again", folder))
+    return {name: statistics.median(times[name] for times in tries) for name in tries[0]}
 
 
-def first_process(cache):
+def first_process(when, cache):
     environment = os.environ | {"STROBE_CACHE_DIR": cache}
-    command = [sys.executable, "-m", "bench.gpu_jit"]
+    command = [sys.executable, "-m", "bench.gpu_jit", when]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=NEVER)
     if done.returncode:
         raise RuntimeError("a fresh process failed: " + (done.stderr.strip().splitlines() or [""])[-1])
@@ -114,9 +110,8 @@ def first_process(cache):
 
 
 def first_calls(task):
-    process, call = task.kind.split("_")
     try:
-        return {"strobe": in_unit(task, fresh_processes()[process][f"{call} {label(task.case)}"])}
+        return {"strobe": in_unit(task, fresh_processes()[task.name])}
     except Exception as error:
         return {"strobe": reason(error)}
 

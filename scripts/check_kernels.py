@@ -73,18 +73,21 @@ def main() -> int:
     for file in options.keep.glob("*.cubin"):
         if not marker(file).exists():
             file.unlink()  # not clean, or a run that was cut off
-    kernels: list[cli.Kernel] = []
+    kernels: dict[Path, cli.Kernel] = {}  # by file, since the lists share some
     problems: list[str] = []
 
     def report(kernel: cli.Kernel) -> None:
-        kernels.append(kernel)
+        file = Path(kernel.file)
+        if file in kernels:
+            return
+        kernels[file] = kernel
         if kernel.cached:
             return
         problem = problem_of(kernel)
         if problem:
             problems.append(problem)
         else:
-            marker(Path(kernel.file)).touch()
+            marker(file).touch()
         if options.verbose:
             print(
                 f"{title(kernel)}: {kernel.registers} registers, {kernel.spill_bytes} spilled, "
@@ -99,17 +102,16 @@ def main() -> int:
         lists.append((options.hopper_list, [90]))
     for path, archs in lists:
         problems += cli.compile_list(path, archs, options.keep, strobe, options.jobs, report)
-    seen = {Path(kernel.file) for kernel in kernels}
     for file in options.keep.glob("*.cubin"):
-        if file not in seen:
+        if file not in kernels:
             file.unlink()
             marker(file).unlink(missing_ok=True)
-    compiled = [kernel for kernel in kernels if not kernel.cached]
+    compiled = [kernel for kernel in kernels.values() if not kernel.cached]
     longest = max(compiled, key=lambda kernel: kernel.seconds, default=None)
     print("\n".join(sorted(problems)))
     print(
-        f"{len(kernels)} kernels, {len(compiled)} of them compiled now, {len(problems)} "
-        f"problems" + (f"; the slowest: {longest.seconds:.1f} s, {title(longest)}" if longest else "")
+        f"{len(kernels)} kernels, {len(compiled)} of them compiled now, {len(problems)} problems"
+        + (f"; the slowest: {longest.seconds:.1f} s, {title(longest)}" if longest else "")
     )
     return bool(problems) or not kernels
 
