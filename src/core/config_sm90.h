@@ -101,6 +101,11 @@ constexpr i64 smem_bytes(const FwdSm90Config& c) {
 // it.
 constexpr bool skips(const FwdSm90Config& c) { return round_up_16(c.head_dim_v) <= 192; }
 
+// Whether the code of one step serves an item's first tile, too, and masked tiles. For wide outputs and soft caps
+// another copy of it would take the compiler half a second, of the two that a first call may take; for others the first
+// tile has a copy of its own, which is up to 2 % faster at short sequences.
+constexpr bool one_step(const FwdSm90Config& c) { return c.softcap || round_up_16(c.head_dim_v) > 128; }
+
 constexpr int kKeptKeys = 16;
 
 constexpr int kStagedRows = 16;  // of a tensor copy: each warp sends its own, and waits for no other

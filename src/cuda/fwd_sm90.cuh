@@ -14,12 +14,20 @@ namespace strobe {
 // Named barriers: 0 is __syncthreads(), then come the turns, then those of one warpgroup each.
 constexpr u32 kTurnBarrier = 1, kGroupBarrier = 5;
 
+// What a warpgroup has of its item: nothing, output alone, or also a tile that is still to be multiplied by V.
+constexpr u32 kNothing = 0, kOutput = 1, kTile = 2;
+
+// What is known of a step when it is compiled: nothing; that there is no tile before; that there is one; that there is
+// one and no mask.
+enum Sm90Step { kAnyStep, kFirstStep, kLaterStep, kFullStep };
+
 template <FwdSm90Config C>
 __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90Shared<C>& shared, int warpgroup) {
   constexpr DType kType = DType(C.dtype);
   constexpr int kDepth = round_up_16(C.head_dim), kWidth = round_up_16(C.head_dim_v), kKeys = C.block_n;
   constexpr bool kPlain = !C.softcap;
   constexpr bool kSkips = skips(C);
+  constexpr bool kOneStep = one_step(C);
   using Scores = Fragment<16, kKeys>;
   const AttnParams& p = launch.p;
   // Tensor copies take their addresses from registers of the whole warp: a shuffle says that lanes agree.
@@ -43,6 +51,14 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
   };
   const auto k_wait = [&] { ptx::mbarrier_try_wait(shared.k_full(k_ring.stage), k_ring.parity); };
   const auto v_wait = [&] { ptx::mbarrier_try_wait(shared.v_full(v_ring.stage), v_ring.parity); };
+  // Descriptors. That of keys is asked for before a turn or a product is waited for, and is then worked out there:
+  // between that wait and the scores the tensor cores would stand still.
+  const auto keys = [&] {
+    u64 descriptor = ptx::matrix_descriptor(shared.k(k_ring.stage));
+    ptx::opaque(descriptor);
+    return descriptor;
+  };
+  const auto values = [&] { return ptx::matrix_descriptor(shared.v(v_ring.stage), kKeys * 128); };
   const auto k_release = [&] {
     if (lane_id() == 0) ptx::mbarrier_arrive(shared.k_free(k_ring.stage));
     k_ring.advance();
@@ -74,13 +90,8 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
     ptx::pin(out);
     ptx::pin(probabilities);
     ptx::wgmma_fence();
-    issue_output<kType>(out, probabilities, shared.v(v_ring.stage));
+    issue_output<kType>(out, probabilities, values());
     ptx::wgmma_commit();
-  };
-  const auto finish_last = [&] {
-    ptx::wgmma_wait<0>();
-    ptx::pin(out);
-    v_release();
   };
   clear();
 
@@ -89,12 +100,11 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
     ptx::mbarrier_try_wait(shared.q_full(q_ring.stage), q_ring.parity);
     const Sm90Work& work = shared.work(item);
     const auto head = work.head;
-    const bool more = head.first_row >= 0;
-    if (!more) break;
+    if (head.first_row < 0) break;
     const u32 q = shared.q(q_ring.stage, warpgroup);
     i32 left = head.tiles;
-    bool begun = false;  // whether there is a tile before
-    bool fresh = true;   // whether there is no output either
+    u32 state = kNothing;
+    ptx::opaque(state);  // else the compiler copies the loops for what it knows of an item's first tile
 
     const auto score = [&](auto& s, i32 tile, bool masked) {
       if constexpr (!kPlain) apply_score<true, false>(s, p.scale, p.softcap, [](int) { return RowBias{}; });
@@ -108,59 +118,59 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       }
       __syncwarp();
     };
-    // The first tile: its scores alone.
-    const auto begin = [&](i32 tile, bool full, bool stale) {
-      Scores s;
-      k_wait();
-      turn_wait();
-      ptx::wgmma_fence();
-      issue_scores<kType, kDepth, kKeys>(s, q, shared.k(k_ring.stage));
-      ptx::wgmma_commit();
-      turn_pass();
-      find_bounds();
-      if (!C.overlap) v_wait();
-      ptx::wgmma_wait<0>();
-      ptx::pin(s);
-      k_release();
-      score(s, tile, !full);
-      softmax.update(s, log2_scale, true);
-      probabilities = to_operand<kType>(s);
-      if (kSkips && !fresh) softmax.rescale(out);
-      fresh = false;
-      // What lies behind a sequence's keys is multiplied by 0, which NaN survives.
-      if (stale) {
-        v_wait();
-        const u32 v = shared.v(v_ring.stage) + u32(head.stale) * 128;
+    // What lies behind a sequence's keys is multiplied by 0, which NaN survives.
+    const auto clear_stale = [&] {
+      v_wait();
+      const u32 v = shared.v(v_ring.stage) + u32(head.stale) * 128;
 #pragma unroll 1
-        for (int panel = 0; panel < panels(C.head_dim_v); ++panel)
+      for (int panel = 0; panel < panels(C.head_dim_v); ++panel)
 #pragma unroll 1
-          for (int at = int(threadIdx.x % 128); at < (kKeys - head.stale) * 8; at += 128)
-            ptx::st_shared_16(v + u32(panel * kKeys * 128 + at * 16), make_uint4(0, 0, 0, 0));
-        ptx::fence_proxy_async();
-        ptx::bar_sync(kGroupBarrier + u32(warpgroup), 128);
-      }
-      end_leaving();
-      if (--left > 0) k_wait();
-      begun = true;
+        for (int at = int(threadIdx.x % 128); at < (kKeys - head.stale) * 8; at += 128)
+          ptx::st_shared_16(v + u32(panel * kKeys * 128 + at * 16), make_uint4(0, 0, 0, 0));
+      ptx::fence_proxy_async();
+      ptx::bar_sync(kGroupBarrier + u32(warpgroup), 128);
     };
-    // Any other: its scores, and under its exponentials the tile before by V. masked: an Int, or a bool.
-    const auto step = [&](i32 tile, auto masked) {
+    // Whether there is a tile before.
+    const auto begun_before = [&](auto kind) {
+      return kind.value == kAnyStep ? state == kTile : kind.value != kFirstStep;
+    };
+    // What follows a tile's softmax. moves: as Sm90Softmax::update says.
+    const auto end_step = [&](bool moves, auto kind) {
+      const bool begun = begun_before(kind);
+      if (moves && (begun || state != kNothing)) softmax.rescale(out);
+      if (begun) return;
+      if (head.stale < kKeys && left + 1 == head.tiles) clear_stale();
+      end_leaving();
+      state = kTile;
+      ptx::opaque(state);
+    };
+    // A tile's scores, and under its exponentials the tile before by V, if there is one.
+    const auto step_overlapped = [&](i32 tile, bool masked, auto kind) {
       Scores s;
+      const u64 k = keys();
+      const bool begun = begun_before(kind);
+      if (!begun) k_wait();  // else the step before has waited
       turn_wait();
       ptx::pin(out);
       ptx::pin(probabilities);
       ptx::wgmma_fence();
-      issue_scores<kType, kDepth, kKeys>(s, q, shared.k(k_ring.stage));
+      issue_scores<kType, kDepth, kKeys>(s, q, k);
       ptx::wgmma_commit();
-      v_wait();
-      issue_output<kType>(out, probabilities, shared.v(v_ring.stage));
-      ptx::wgmma_commit();
-      turn_pass();
-      ptx::wgmma_wait<1>();
+      if (begun) {
+        v_wait();
+        issue_output<kType>(out, probabilities, values());
+        ptx::wgmma_commit();
+        turn_pass();
+        ptx::wgmma_wait<1>();
+      } else {
+        turn_pass();
+        find_bounds();
+        ptx::wgmma_wait<0>();
+      }
       ptx::pin(s);
       k_release();
       score(s, tile, masked);
-      const bool moves = softmax.update(s, log2_scale);
+      const bool moves = softmax.update(s, log2_scale, !begun);
       ptx::pin(s);
       // The assembler would move the wait for the output above the exponentials: only control flow holds it back. So
       // the next K is waited for here, although it is needed later, and on a condition that knows the sums of the
@@ -170,28 +180,37 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       ptx::wgmma_wait<0>();
       ptx::pin(out);
       ptx::pin(probabilities);
-      v_release();
+      if (begun) v_release();
       probabilities = to_operand<kType>(s);
-      if (moves) softmax.rescale(out);
+      end_step(moves, kind);
     };
     // The same without overlap: the tile before by V, then this one's scores, then their exponentials. What the next
     // multiplication reads is waited for under the one before.
-    const auto step_alone = [&](i32 tile, auto masked) {
+    const auto step_alone = [&](i32 tile, bool masked, auto kind) {
       Scores s;
+      const u64 k = keys();
+      const bool begun = begun_before(kind);
+      if (!begun) k_wait();
       turn_wait();
-      issue_last();
-      k_wait();
-      ptx::wgmma_wait<0>();
-      ptx::pin(out);
+      if (begun) {
+        issue_last();
+        k_wait();
+        ptx::wgmma_wait<0>();
+        ptx::pin(out);
+      }
       ptx::wgmma_fence();
-      issue_scores<kType, kDepth, kKeys>(s, q, shared.k(k_ring.stage));
+      issue_scores<kType, kDepth, kKeys>(s, q, k);
       ptx::wgmma_commit();
       turn_pass();
-      v_release();
+      if (begun)
+        v_release();
+      else
+        find_bounds();
       v_wait();
       ptx::wgmma_wait<0>();
       ptx::pin(s);
-      if constexpr (!masked.value) {
+      --left;
+      if constexpr (kind.value == kFullStep) {
         if (!softmax.add(s, log2_scale, [&] { probabilities = to_operand<kType>(s); })) {
           scores_again<kType, kDepth>(s, q, shared.k(k_ring.stage));
           softmax.update(s, log2_scale, true);
@@ -202,39 +221,49 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       } else {
         k_release();
         score(s, tile, masked);
-        const bool moves = softmax.update(s, log2_scale);
+        const bool moves = softmax.update(s, log2_scale, !begun);
         probabilities = to_operand<kType>(s);
-        if (moves) softmax.rescale(out);
+        end_step(moves, kind);
       }
-      --left;
     };
-    const auto take = [&](i32 tile, auto masked) {
+    const auto step = [&](i32 tile, bool full, auto kind) {
+      const bool masked = kind.value != kFullStep && (kind.value == kLaterStep || !full);
       if constexpr (C.overlap != 0)
-        step(tile, masked);
+        step_overlapped(tile, masked, kind);
       else
-        step_alone(tile, masked);
+        step_alone(tile, masked, kind);
     };
-    // A few kept tokens alone: their scores with the tile before by V. As any item's last tile they are left to be
-    // multiplied by V, the rest of their tile by probabilities of 0.
-    const auto kept_step = [&] {
+    // The tile before by V alone; kept: and with it the scores of a few kept tokens, which are then the tile before,
+    // with probabilities of 0 for the rest of it.
+    const auto last_step = [&](bool kept) {
       Fragment<16, kKeptKeys> s;
-      if (!C.overlap) k_wait();  // else the step before has waited
+      const u64 k = keys();
+      if (kept && !C.overlap) k_wait();  // else the step before has waited
       v_wait();
-      turn_wait();
+      if (kept) turn_wait();
       issue_last();
-      issue_scores<kType, kDepth, kKeys>(s, q, shared.k(k_ring.stage));
-      ptx::wgmma_commit();
-      turn_pass();
-      finish_last();
-      ptx::pin(s);
-      k_release();
-      score(s, 0, true);
-      if (softmax.update(s, log2_scale)) softmax.rescale(out);
-      const Operand<16, kKeptKeys> kept = to_operand<kType>(s);
-      probabilities = {};
+      if (kept) {
+        issue_scores<kType, kDepth, kKeys>(s, q, k);
+        ptx::wgmma_commit();
+        turn_pass();
+      }
+      ptx::wgmma_wait<0>();
+      ptx::pin(out);
+      v_release();
+      state = kOutput;
+      if (kept) {
+        ptx::pin(s);
+        k_release();
+        score(s, 0, true);
+        if (softmax.update(s, log2_scale)) softmax.rescale(out);
+        const Operand<16, kKeptKeys> few = to_operand<kType>(s);
+        probabilities = {};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) probabilities.x[0][0][i] = kept.x[0][0][i];
-      --left;
+        for (int i = 0; i < 4; ++i) probabilities.x[0][0][i] = few.x[0][0][i];
+        --left;
+        state = kTile;
+      }
+      ptx::opaque(state);
     };
     // Tiles that none of this warpgroup's rows sees, but others' do: freed, with their turn.
     const auto skip = [&](i32 count) {
@@ -251,14 +280,6 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       }
     };
 
-    i32 first_tile = -1;
-    if constexpr (!kSkips) {
-      if (left > 0) {
-        const auto run = work.run[head.start & 1];
-        first_tile = run.end - 1;
-        begin(first_tile, first_tile >= run.full_begin && first_tile < run.full_end, head.stale < kKeys);
-      }
-    }
 #pragma unroll 1
     for (int r = head.start & 1; r >= 0; --r) {
       const auto run = work.run[r];
@@ -270,55 +291,54 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
         skip(tile - seen.end);
         tile = seen.end;
       }
-      if constexpr (C.kept != 0) {
-        if (r == 0 && begun && (head.start & kKeptAlone)) {
-          kept_step();
-          break;
-        }
-      }
+      bool kept = C.kept && r == 0 && state == kTile && (head.start & kKeptAlone);
+      if (kept) tile = seen_begin;
       const i32 full_begin = max(run.full_begin, seen_begin), full_end = max(run.full_end, seen_begin);
-      if (kSkips ? !begun && tile > seen_begin : tile == first_tile + 1 && tile > seen_begin) {
-        --tile;
-        if constexpr (kSkips)
-          begin(tile, tile >= full_begin && tile < full_end, head.stale < kKeys && left == head.tiles);
-      }
+      const auto is_full = [&] { return tile >= full_begin && tile < full_end; };
+      if constexpr (kOneStep) {
 #pragma unroll 1
-      while (tile > seen_begin) {
-        if constexpr (kPlain) {
+        while (tile > seen_begin) {
+          if constexpr (kPlain) {
+            if (state == kTile && tile > full_begin && tile <= full_end) {
+#pragma unroll 1
+              while (tile > full_begin) step(--tile, true, Int<kFullStep>{});
+              continue;
+            }
+          }
+          --tile;
+          step(tile, is_full(), Int<kAnyStep>{});
+        }
+      } else {
+        if (state != kTile && tile > seen_begin) {
+          --tile;
+          step(tile, is_full(), Int<kFirstStep>{});
+        }
+#pragma unroll 1
+        while (tile > seen_begin) {
           const i32 stop = tile > full_end ? full_end : tile > full_begin ? tile : seen_begin;
 #pragma unroll 1
-          while (tile > stop) take(--tile, Int<1>{});
+          while (tile > stop) step(--tile, false, Int<kLaterStep>{});
 #pragma unroll 1
-          while (tile > full_begin) take(--tile, Int<0>{});
-        } else {
-          // A cap is long: two steps with it would take the compiler twice the time, and masking is little beside it.
-          --tile;
-          take(tile, tile < full_begin || tile >= full_end);
+          while (tile > full_begin) step(--tile, true, Int<kFullStep>{});
         }
       }
-      if (kSkips && seen_begin > run.begin) {
-        if (begun) {
-          v_wait();
-          issue_last();
-          finish_last();
-          begun = false;
+      // Kept tokens and an item's last tile are multiplied by V at the same place.
+#pragma unroll 1
+      do {
+        if (r == 0 && !kept) {
+          end_leaving();  // where the item had no first tile here
+          __syncwarp();   // every lane knows of this item
+          if constexpr (C.staging != kInPlaceOfQ) q_release(q_ring.stage);
         }
-        skip(seen_begin - run.begin);
-      }
+        if (state != kTile || (r > 0 && seen_begin == run.begin)) break;
+        last_step(kept);
+        kept = false;
+      } while (C.kept && state == kTile);
+      if (kSkips) skip(seen_begin - run.begin);
     }
-    end_leaving();  // where the item had no first tile here
-    __syncwarp();   // every lane knows of this item
-    if constexpr (C.staging != kInPlaceOfQ) q_release(q_ring.stage);
     const u32 place = shared.rows(q_ring.stage, warpgroup);
     q_ring.advance();
     float scale[2];
-    if (head.tiles > 0) {
-      if (!kSkips || begun) {
-        v_wait();
-        issue_last();
-        finish_last();
-      }
-    }
     finish_state<C>(scale, softmax, launch, work, row0);
     if constexpr (C.staging == kFromRegisters) {
       write_rows<C>(out, scale, launch, work, row0);

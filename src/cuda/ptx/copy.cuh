@@ -11,6 +11,7 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return static_cas
 
 // Hides where a value came from, so that nothing computed from it leaves the loop that this stands in.
 __device__ __forceinline__ void opaque(u32& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void opaque(u64& x) { asm volatile("" : "+l"(x)); }
 __device__ __forceinline__ void opaque(i64& x) { asm volatile("" : "+l"(x)); }
 
 // 16 bytes to shared memory, of which `bytes` (0 or 16) are read and the rest are zeros. "cp.async".

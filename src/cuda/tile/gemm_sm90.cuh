@@ -6,16 +6,17 @@
 
 namespace strobe {
 
-// s = q k^T for 64 rows of q [panel][64][64] and the first kN keys of [panel][kKeys][64].
+// s = q k^T for 64 rows of q [panel][64][64] and the first kN keys of [panel][kKeys][64], of which this is the
+// descriptor.
 template <DType kType, int kDepth, int kKeys, int kN>
-__device__ __forceinline__ void issue_scores(Fragment<16, kN>& s, u32 q, u32 k) {
+__device__ __forceinline__ void issue_scores(Fragment<16, kN>& s, u32 q, u64 k) {
   // The descriptors of a wide head would be kept in registers from item to item, which have no room: q is taken as new.
   if (kDepth > 128) ptx::opaque(q);
-  const u64 a = ptx::matrix_descriptor(q), b = ptx::matrix_descriptor(k);
+  const u64 a = ptx::matrix_descriptor(q);
 #pragma unroll
   for (int i = 0; i < kDepth / 16; ++i) {
     const int panel = i / 4, in_panel = i % 4 * 32;
-    ptx::Wgmma<kType, kN>::ss(s, a + ((panel * 64 * 128 + in_panel) >> 4), b + ((panel * kKeys * 128 + in_panel) >> 4),
+    ptx::Wgmma<kType, kN>::ss(s, a + ((panel * 64 * 128 + in_panel) >> 4), k + ((panel * kKeys * 128 + in_panel) >> 4),
                               i != 0);
   }
 }
@@ -43,12 +44,11 @@ __device__ __forceinline__ void scores_again(Fragment<16, kN>& s, u32 q, u32 k) 
   }
 }
 
-// out += p v for kKeys values [panel][kKeys][64].
+// out += p v for kKeys values [panel][kKeys][64], of which this is the descriptor.
 template <DType kType, int kKeys, int kD>
-__device__ __forceinline__ void issue_output(Fragment<16, kD>& out, const Operand<16, kKeys>& p, u32 v) {
-  const u64 b = ptx::matrix_descriptor(v, kKeys * 128);
+__device__ __forceinline__ void issue_output(Fragment<16, kD>& out, const Operand<16, kKeys>& p, u64 v) {
 #pragma unroll
-  for (int i = 0; i < kKeys / 16; ++i) ptx::Wgmma<kType, kD>::rs(out, p.x[0][i], b + ((i * 16 * 128) >> 4));
+  for (int i = 0; i < kKeys / 16; ++i) ptx::Wgmma<kType, kD>::rs(out, p.x[0][i], v + ((i * 16 * 128) >> 4));
 }
 
 }  // namespace strobe

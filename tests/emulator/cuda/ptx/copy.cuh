@@ -28,6 +28,7 @@ inline uint4 ld_shared_16(u32 shared) {
   return x;
 }
 inline void opaque(u32&) {}
+inline void opaque(u64&) {}
 inline void opaque(i64&) {}
 // Lane l gives the address of row l % 8 of matrix l / 8.
 inline void ldmatrix_x4(u32 (&r)[4], u32 shared) {
