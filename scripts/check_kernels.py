@@ -19,6 +19,8 @@ import cli  # noqa: E402 - without the package, which needs torch and an extensi
 # Of a kernel's image. What is unrolled once too often shows here, and no less where a machine is busy; what a first
 # call takes, the suite jit of bench.main measures on a GPU's host.
 MAX_BYTES = 120 * 1024
+# In a line of the compiler's log. That wgmma is serialized it says as "info ... Potential Performance Loss".
+COMPLAINTS = ("warning", "performance loss")
 # (pattern of "sm_90 fwd_sm80{...}", most bytes of spills and stack, why it cannot be without)
 ALLOWED: list[tuple[str, int, str]] = [
     # 163 KiB hold no tile that is as fast: the scores of 64 x 128 leave 255 registers for two gradients of 64 each.
@@ -46,7 +48,7 @@ def problem_of(kernel: cli.Kernel) -> str | None:
     size = Path(kernel.file).stat().st_size
     if size > MAX_BYTES:
         return f"{title(kernel)}: {size} bytes, allowed are {MAX_BYTES}"
-    warnings = [line for line in kernel.log.splitlines() if "warning" in line.lower()]
+    warnings = [line for line in kernel.log.splitlines() if any(word in line.lower() for word in COMPLAINTS)]
     return f"{title(kernel)}: {warnings[0]}" if warnings else None
 
 
