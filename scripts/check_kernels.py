@@ -1,5 +1,5 @@
 """Compiles every kernel of the shipped list for every architecture, and for Hopper more that are compiled when a call
-first needs them, without a GPU; fails on spills, on stack, on warnings and on kernels that grow large.
+first needs them, without a GPU; fails on spills, on stack, on warnings, on serialized wgmma and on large kernels.
 
 usage: check_kernels.py [--arch 80,86,89,90,120] [--list FILE] [--hopper-list FILE] [--library FILE] [--keep FOLDER]
        [--verbose]
