@@ -32,7 +32,7 @@ def curve_table(rows):
 def header(document):
     versions = ", ".join(f"{name} {value}" for name, value in document["versions"].items())
     ceiling = ", ".join(f"{name} {number(value)}" for name, value in document["ceiling"].items())
-    return f"{document['device']}; {versions}. Ceiling in the same run: {ceiling}."
+    return f"{document['device']}; {versions}. Ceiling, the best that these runs saw: {ceiling}."
 
 
 def mark_table(title, verdicts):
