@@ -48,8 +48,10 @@ def problem_of(kernel: cli.Kernel) -> str | None:
     size = Path(kernel.file).stat().st_size
     if size > MAX_BYTES:
         return f"{title(kernel)}: {size} bytes, allowed are {MAX_BYTES}"
-    warnings = [line for line in kernel.log.splitlines() if any(word in line.lower() for word in COMPLAINTS)]
-    return f"{title(kernel)}: {warnings[0]}" if warnings else None
+    for line in kernel.log.splitlines():
+        if any(word in line.lower() for word in COMPLAINTS):
+            return f"{title(kernel)}: {line}"
+    return None
 
 
 def marker(file: Path) -> Path:
