@@ -23,7 +23,8 @@ struct FwdSm90Config {
   i32 pack = 0;     // query heads that share K and V heads share a tile
   i32 softcap = 0;
   i32 staging = kFromRegisters;
-  i32 kept = 0;  // 1 to kKeptKeys kept tokens, which no window's tile reaches, have a step of their own
+  i32 kept = 0;     // 1 to kKeptKeys kept tokens, which no window's tile reaches, have a step of their own
+  i32 cluster = 1;  // 2: two blocks work on rows that see the same keys, and each copies half of every tile to both
 
   constexpr bool operator==(const FwdSm90Config&) const = default;
 };
@@ -46,6 +47,7 @@ constexpr void fields(const FwdSm90Config& c, F f) {
   f("softcap", c.softcap);
   f("staging", c.staging);
   f("kept", c.kept);
+  f("cluster", c.cluster);
 }
 
 constexpr int consumers(const FwdSm90Config& c) { return c.block_m / 64; }
@@ -126,6 +128,7 @@ constexpr bool valid(const FwdSm90Config& c) {
          (c.staging == kFromRegisters || !c.split) &&
          // Q's other place takes the next item's queries while rows leave.
          (c.staging != kInPlaceOfQ || (c.stages_q == 2 && panels(c.head_dim_v) <= panels(c.head_dim))) &&
+         (c.cluster == 1 || (c.cluster == 2 && consumers(c) > 1 && !c.packed && !c.paged && !c.split)) &&
          (c.paged == 0 || (c.paged % 8 == 0 && c.block_n % c.paged == 0 && c.block_n / c.paged <= 32));
 }
 

@@ -58,13 +58,26 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
     ptx::opaque(descriptor);
     return descriptor;
   };
+  // The descriptors of a wide head would be kept in registers from item to item, which have no room: q is taken as new.
+  const auto queries = [](u32 q) {
+    if (C.head_dim > 128) ptx::opaque(q);
+    return ptx::matrix_descriptor(q);
+  };
   const auto values = [&] { return ptx::matrix_descriptor(shared.v(v_ring.stage), kKeys * 128); };
+  // A stage is filled in both blocks of a cluster at once, so both are told.
+  const auto free_stage = [&](u32 barrier) {
+    if constexpr (C.cluster > 1) {
+      if (lane_id() < C.cluster) ptx::mbarrier_arrive_at(barrier, u32(lane_id()));
+    } else {
+      if (lane_id() == 0) ptx::mbarrier_arrive(barrier);
+    }
+  };
   const auto k_release = [&] {
-    if (lane_id() == 0) ptx::mbarrier_arrive(shared.k_free(k_ring.stage));
+    free_stage(shared.k_free(k_ring.stage));
     k_ring.advance();
   };
   const auto v_release = [&] {
-    if (lane_id() == 0) ptx::mbarrier_arrive(shared.v_free(v_ring.stage));
+    free_stage(shared.v_free(v_ring.stage));
     v_ring.advance();
   };
   const auto q_release = [&](u32 stage) {
@@ -134,9 +147,8 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
     const auto begun_before = [&](auto kind) {
       return kind.value == kAnyStep ? state == kTile : kind.value != kFirstStep;
     };
-    // What follows a tile's softmax. moves: as Sm90Softmax::update says.
-    const auto end_step = [&](bool moves, auto kind) {
-      const bool begun = begun_before(kind);
+    // What follows a tile's softmax. moves: as Sm90Softmax::update says; begun: whether there was a tile before.
+    const auto end_step = [&](bool moves, bool begun) {
       if (moves && (begun || state != kNothing)) softmax.rescale(out);
       if (begun) return;
       if (head.stale < kKeys && left + 1 == head.tiles) clear_stale();
@@ -154,7 +166,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       ptx::pin(out);
       ptx::pin(probabilities);
       ptx::wgmma_fence();
-      issue_scores<kType, kDepth, kKeys>(s, q, k);
+      issue_scores<kType, kDepth, kKeys>(s, queries(q), k);
       ptx::wgmma_commit();
       if (begun) {
         v_wait();
@@ -182,7 +194,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       ptx::pin(probabilities);
       if (begun) v_release();
       probabilities = to_operand<kType>(s);
-      end_step(moves, kind);
+      end_step(moves, begun);
     };
     // The same without overlap: the tile before by V, then this one's scores, then their exponentials. What the next
     // multiplication reads is waited for under the one before.
@@ -199,7 +211,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
         ptx::pin(out);
       }
       ptx::wgmma_fence();
-      issue_scores<kType, kDepth, kKeys>(s, q, k);
+      issue_scores<kType, kDepth, kKeys>(s, queries(q), k);
       ptx::wgmma_commit();
       turn_pass();
       if (begun)
@@ -223,7 +235,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
         score(s, tile, masked);
         const bool moves = softmax.update(s, log2_scale, !begun);
         probabilities = to_operand<kType>(s);
-        end_step(moves, kind);
+        end_step(moves, begun);
       }
     };
     const auto step = [&](i32 tile, bool full, auto kind) {
@@ -237,13 +249,13 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
     // with probabilities of 0 for the rest of it.
     const auto last_step = [&](bool kept) {
       Fragment<16, kKeptKeys> s;
-      const u64 k = keys();
+      const u64 k = kept ? keys() : 0;
       if (kept && !C.overlap) k_wait();  // else the step before has waited
       v_wait();
       if (kept) turn_wait();
       issue_last();
       if (kept) {
-        issue_scores<kType, kDepth, kKeys>(s, q, k);
+        issue_scores<kType, kDepth, kKeys>(s, queries(q), k);
         ptx::wgmma_commit();
         turn_pass();
       }
@@ -367,13 +379,16 @@ __global__ __launch_bounds__(threads(C), 1) void fwd_sm90(const __grid_constant_
     ptx::mbarrier_init_cta(shared.work_free(), producer_warps(C));
     for (u32 stage = 0; stage < C.stages; ++stage) {
       ptx::mbarrier_init_cta(shared.k_full(stage), 1);
-      ptx::mbarrier_init_cta(shared.k_free(stage), kWarps);
+      ptx::mbarrier_init_cta(shared.k_free(stage), C.cluster * kWarps);
       ptx::mbarrier_init_cta(shared.v_full(stage), 1);
-      ptx::mbarrier_init_cta(shared.v_free(stage), kWarps);
+      ptx::mbarrier_init_cta(shared.v_free(stage), C.cluster * kWarps);
     }
     ptx::fence_mbarrier_init();
   }
-  __syncthreads();
+  if constexpr (C.cluster > 1)
+    ptx::cluster_sync();  // the other block's barriers are there, too
+  else
+    __syncthreads();
   constexpr int kProducer = first_producer_warp(C) / 4;  // its warpgroup
   if (warpgroup == kProducer) {
     if constexpr (consumers(C) > 1) ptx::setmaxnreg_dec<producer_registers(C)>();
@@ -386,6 +401,8 @@ __global__ __launch_bounds__(threads(C), 1) void fwd_sm90(const __grid_constant_
     if constexpr (consumers(C) > 1) ptx::setmaxnreg_inc<consumer_registers(C)>();
     consume<C>(launch, shared, warpgroup - (consumers(C) == 1 ? 0 : 1));
   }
+  // The other block may still free stages here.
+  if constexpr (C.cluster > 1) ptx::cluster_sync();
 }
 
 }  // namespace strobe

@@ -245,7 +245,8 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
         return {i32(row - column * launch.page.divisor), max(0, min(page, i32(p.num_pages) - 1))};
       }
     };
-    const auto load = [&](const TensorMap& map, u32 to, u32 full, Sm90Place from, i32 head, auto dim) {
+    // first: the block of a cluster that brings the first panel; they take turns.
+    const auto load = [&](const TensorMap& map, u32 to, u32 full, Sm90Place from, i32 head, auto dim, u32 first) {
       constexpr int kPanels = panels(dim.value);
       const bool elected = ptx::elect();
       if (elected && leads) ptx::mbarrier_expect_tx(full, u32(C.block_n * kPanels * 128));
@@ -256,20 +257,27 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
         const i32 batch = kBoxes == 1 ? from.batch : __shfl_sync(0xffffffffu, from.batch, n);
         if (!elected || box >= kBoxes) continue;
 #pragma unroll
-        for (int panel = 0; panel < kPanels; ++panel)
-          ptx::tma_load(to + u32((panel * C.block_n + box * C.paged) * 128), map, full, panel * 64, row, head, batch);
+        for (int panel = 0; panel < kPanels; ++panel) {
+          const u32 place = to + u32((panel * C.block_n + box * C.paged) * 128);
+          if constexpr (C.cluster > 1) {
+            if ((u32(panel) + first) % 2 == rank_of<C>())
+              ptx::tma_load_to_both(place, map, full, panel * 64, row, head, batch);
+          } else {
+            ptx::tma_load(place, map, full, panel * 64, row, head, batch);
+          }
+        }
       }
     };
     const auto load_k = [&](Sm90Place from) {
       const u32 stage = k_ring.stage;
       wait_together(shared.k_free(stage), k_ring.parity);
-      load(launch.k, shared.k(stage), shared.k_full(stage), from, work.head_k, Int<C.head_dim>{});
+      load(launch.k, shared.k(stage), shared.k_full(stage), from, work.head_k, Int<C.head_dim>{}, 0);
       k_ring.advance();
     };
     const auto load_v = [&](Sm90Place from) {
       const u32 stage = v_ring.stage;
       wait_together(shared.v_free(stage), v_ring.parity);
-      load(launch.v, shared.v(stage), shared.v_full(stage), from, work.head_v, Int<C.head_dim_v>{});
+      load(launch.v, shared.v(stage), shared.v_full(stage), from, work.head_v, Int<C.head_dim_v>{}, 1);
       v_ring.advance();
     };
 

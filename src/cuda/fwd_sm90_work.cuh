@@ -25,10 +25,17 @@ struct Sm90Tile {
 constexpr i32 kMaxInt = 0x7fffffff;
 constexpr i32 kShortKeys = 256;  // sequences with fewer keys cost what starting a tile costs
 
-// Deals out tiles, in rising order, to the blocks of a persistent grid.
+// Of this block in its cluster.
+template <FwdSm90Config C>
+__device__ __forceinline__ u32 rank_of() {
+  return blockIdx.x % u32(C.cluster);
+}
+
+// Deals out tiles, in rising order, to the blocks of a persistent grid. A cluster takes a tile for each of its blocks:
+// neighbouring row blocks of a head.
 template <FwdSm90Config C>
 struct Sm90Scheduler {
-  u32 number;  // the tile to work on
+  u32 number;  // the tile to work on, or the cluster's tiles
   // Packed: of the sequences that are dealt out now, those from first_batch on begin at tile `dealt`.
   i32 first_batch, dealt;
   i32 least, most;  // packed: these have more than `least` keys, and not more than `most`
@@ -36,7 +43,7 @@ struct Sm90Scheduler {
   __device__ __forceinline__ void start(const FwdSm90Launch& launch) {
     first_batch = dealt = 0;
     least = launch.long_keys, most = kMaxInt;
-    number = blockIdx.x - gridDim.x;
+    number = blockIdx.x / u32(C.cluster) - gridDim.x / u32(C.cluster);
   }
   // Called when the last tiles wait for their stages: a block that is still busy must not take another one.
   __device__ __forceinline__ void fetch(const FwdSm90Launch& launch) {
@@ -45,7 +52,7 @@ struct Sm90Scheduler {
       if (lane_id() == 0) n = atomicAdd(launch.counter, 1u);
       number = gridDim.x + __shfl_sync(0xffffffffu, n, 0);
     } else {
-      number += gridDim.x;
+      number += gridDim.x / u32(C.cluster);
     }
   }
 
@@ -65,7 +72,8 @@ struct Sm90Scheduler {
       const u32 wide = min(u32(launch.section), all - section * u32(launch.section));
       const u32 row = rest / wide, head = section * u32(launch.section) + rest - row * wide;
       const u32 batch = head / u32(launch.groups);
-      return {i32(batch), i32(head - batch * u32(launch.groups)), launch.m_blocks - 1 - i32(row), split};
+      const i32 m_block = (launch.m_blocks - i32(row)) * C.cluster - 1 - i32(rank_of<C>());
+      return {i32(batch), i32(head - batch * u32(launch.groups)), m_block, split};
     }
   }
 

@@ -25,6 +25,7 @@ struct alignas(8) LaunchAttribute {
   union {
     char bytes[64];
     int value;
+    u32 cluster[3];
   };
 };
 struct LaunchConfig {

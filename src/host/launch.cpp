@@ -1,5 +1,7 @@
 #include "host/launch.h"
 
+#include <algorithm>
+
 #include "host/jit.h"
 #include "host/registry.h"
 
@@ -17,7 +19,7 @@ namespace {
 // Of the driver's enumerations: 128-byte swizzle, and what is outside of the tensor reads as 0.
 constexpr int kSwizzle128 = 3, kPromotion256 = 3, kNoInterleave = 0, kZeroFill = 0;
 constexpr int kFloat16 = 6, kBfloat16 = 9;
-constexpr u32 kProgrammaticStreamSerialization = 6;
+constexpr u32 kClusterDimension = 4, kProgrammaticStreamSerialization = 6;
 constexpr int kOverlapsInGraphs = 12030;  // older drivers do not capture launches that overlap
 
 void encode(const TensorBox& b) {
@@ -43,14 +45,19 @@ void launch(const Plan& plan, LaunchParams& params, const Device& device, CUstre
     const Launch& l = plan.launches[i];
     if (l.grid[0] == 0 || l.grid[1] == 0 || l.grid[2] == 0) continue;
     void* arguments[] = {params.blocks[i]};
-    LaunchAttribute attributes[] = {{kProgrammaticStreamSerialization, 0, {}}};
-    attributes[0].value = 1;
-    const LaunchConfig config = {{l.grid[0], l.grid[1], l.grid[2]},
-                                 {l.threads, 1, 1},
-                                 l.smem,
-                                 stream,
-                                 attributes,
-                                 l.overlaps && d.version >= kOverlapsInGraphs ? 1u : 0u};
+    LaunchAttribute attributes[2];
+    u32 count = 0;
+    if (l.cluster > 1) {
+      attributes[count] = {kClusterDimension, 0, {}};
+      const u32 blocks[] = {l.cluster, 1, 1};
+      std::copy_n(blocks, 3, attributes[count++].cluster);
+    }
+    if (l.overlaps && d.version >= kOverlapsInGraphs) {
+      attributes[count] = {kProgrammaticStreamSerialization, 0, {}};
+      attributes[count++].value = 1;
+    }
+    const LaunchConfig config = {
+        {l.grid[0], l.grid[1], l.grid[2]}, {l.threads, 1, 1}, l.smem, stream, attributes, count};
     const CUresult result = d.cuLaunchKernelEx(&config, functions[i], arguments, nullptr);
     if (result != kCudaSuccess) [[unlikely]]
       fail_launch(result, l);

@@ -69,12 +69,29 @@ constexpr KernelTemplate kernel_template(const char* header, const char* name, c
 }
 
 template <class Config>
+constexpr int field_count() {
+  int count = 0;
+  fields(Config{}, [&](const char*, i32) { ++count; });
+  return count;
+}
+
+template <class Config>
 KernelRef kernel_ref(const KernelTemplate& source, const Config& config) {
   static_assert(sizeof(Config) <= sizeof(i32) * kMaxConfigFields);
+  static_assert(field_count<Config>() == int(sizeof(Config) / sizeof(i32)));  // every field is there
   KernelRef ref;
   ref.source = &source;
   fields(config, [&](const char*, i32 value) { ref.values[ref.count++] = value; });
   return ref;
+}
+
+// The Config that a kernel_ref was made of.
+template <class Config>
+Config config_of(const KernelRef& ref) {
+  static_assert(std::is_trivially_copyable_v<Config>);
+  Config config;
+  std::memcpy(&config, ref.values, sizeof config);
+  return config;
 }
 
 struct Launch {
@@ -82,6 +99,7 @@ struct Launch {
   u32 grid[3] = {1, 1, 1};
   u32 threads = 0;
   u32 smem = 0;           // dynamic shared memory, bytes
+  u32 cluster = 1;        // blocks of a cluster, which divides grid[0]
   bool overlaps = false;  // may start before the launch ahead of it has ended: its kernel waits for that itself
 };
 

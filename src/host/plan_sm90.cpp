@@ -73,7 +73,7 @@ Shape shape_of(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune*
     const i64 all = p.batch * ceil_div<i64>(rows, config.block_m);
     return groups * (c.packed ? min(all, p.total_q * s.group / config.block_m + p.batch) : all);
   };
-  s.fits = tile ? set_tile(c, *tile, sight.page, device.smem_per_block)
+  s.fits = tile ? set_tile(c, *tile, rows, sight, device.smem_per_block)
                 : tune_forward_sm90(c, rows, sight, device.smem_per_block);
   if (!s.fits) return s;
   c.kept = skips(c) && p.window_left >= 0 && p.keep_first > 0 && p.keep_first <= kKeptKeys;
@@ -90,6 +90,7 @@ Shape shape_of(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune*
     c = low;
   s.m_blocks = ceil_div<i64>(rows, c.block_m);
   s.blocks = blocks_of(c);
+  if (device.sm_count < 2) c.cluster = 1;
   s.key_tiles = ceil_div<i64>(visible_keys(p, ceil_div<i64>(min<i64>(rows, c.block_m), s.group)), c.block_n);
   return s;
 }
@@ -213,13 +214,17 @@ void add_forward_sm90(Plan& plan, const AttnParams& p, const DeviceInfo& device,
   Shape s = shape_of(p, device, tile);
   reserve_splits(plan, p, splits_of(p, s, device));
   s.config.split = plan.num_splits > 1;
-  if (s.config.split) s.config.stages_q = 1, s.config.staging = kFromRegisters;  // parts are long, and registers few
-  const i64 tiles = s.blocks * plan.num_splits, grid = min<i64>(tiles, device.sm_count);
+  if (s.config.split) {  // parts are long, and registers few
+    s.config.stages_q = s.config.cluster = 1;
+    s.config.staging = kFromRegisters;
+  }
+  const i64 cluster = s.config.cluster, tiles = s.blocks * plan.num_splits / cluster;
+  const i64 clusters = min<i64>(tiles, device.sm_count / cluster);
   plan.values[kGroup] = s.group;
-  plan.values[kRowBlocks] = s.m_blocks;
+  plan.values[kRowBlocks] = s.m_blocks / cluster;
   plan.values[kSection] = masked(p) ? section_of(p, s, device) : 1;
   plan.values[kTiles] = tiles;
-  plan.values[kDynamic] = uneven(p) && tiles > grid;
+  plan.values[kDynamic] = uneven(p) && tiles > clusters;
   plan.values[kForwardAt] = plan.count;
   if (plan.values[kDynamic]) {
     plan.offsets[kCounter] = plan.reserve(i64(sizeof(u32)));
@@ -227,9 +232,10 @@ void add_forward_sm90(Plan& plan, const AttnParams& p, const DeviceInfo& device,
   }
   Launch& forward = plan.add();
   forward.kernel = kernel_ref(kFwdSm90, s.config);
-  forward.grid[0] = u32(grid);
+  forward.grid[0] = u32(clusters * cluster);
   forward.threads = u32(threads(s.config));
   forward.smem = u32(smem_bytes(s.config));
+  forward.cluster = u32(cluster);
   add_combine(plan, p, device);
 }
 
@@ -243,9 +249,7 @@ void fill_forward_sm90(const AttnParams& p, const Plan& plan, void* workspace, L
   if (empty(p)) return;
   const Partials parts = partials_of(plan, workspace);
   const int at = int(plan.values[kForwardAt]);
-  FwdSm90Config c;
-  static_assert(sizeof c == sizeof(i32) * 16);
-  std::memcpy(&c, plan.launches[at].kernel.values, sizeof c);
+  const FwdSm90Config c = config_of<FwdSm90Config>(plan.launches[at].kernel);
   const i64 group = plan.values[kGroup], groups = p.num_heads / group, section = plan.values[kSection];
   const KeyRows keys = key_rows(p);
 

@@ -9,8 +9,9 @@
 namespace strobe::host {
 
 // Which keys rows see: all of them the same ones, different ones, or those of a window. Of a table's row also: keys in
-// pages, or in pages that a tile of 64 keys divides, so that one box brings it.
-enum Masking { kEveryKey, kSomeKeys, kWindow, kPages, kWholePages };
+// pages, or in pages that a tile of 64 keys divides, so that one box brings it; or all keys, and an even number of row
+// blocks, of which two share tiles.
+enum Masking { kEveryKey, kSomeKeys, kWindow, kPages, kWholePages, kPairs };
 
 // What a warpgroup's rows see.
 struct Sight {
@@ -20,14 +21,15 @@ struct Sight {
   i32 page;    // most rows of a box of a page of keys; 0: not paged
 };
 
+constexpr int kAnyRows = 1 << 30;
+
 struct FwdSm90Tune {
   int max_rows;            // query rows (packed with heads), where there are few
   int max_dim, max_dim_v;  // head_dim and head_dim_v, rounded up to 16
   int masking;             // for kSomeKeys: any call, else for such calls alone
   int block_m, block_n, stages, pingpong, overlap, stages_q, staging;
+  int least_rows = 0;
 };
-
-constexpr int kAnyRows = 1 << 30;
 
 // clang-format off
 constexpr FwdSm90Tune kFwdSm90Tune[] = {
@@ -68,25 +70,45 @@ constexpr FwdSm90Tune kFwdSm90Tune[] = {
     {kAnyRows, 192, 128, kWholePages, 192, 64, 3, 1, 1, 1, kFromRegisters},
     {kAnyRows, 192, 128,    kPages, 192,  80, 2, 1, 1, 1, kFromRegisters},
     {    4096, 192, 128, kSomeKeys, 192,  64, 3, 1, 1, 1, kFromRegisters},
+    {kAnyRows, 192, 128,    kPairs, 192,  80, 3, 1, 1, 1, kFromRegisters},
     {kAnyRows, 192, 128, kSomeKeys, 192,  80, 2, 1, 1, 1, kFromRegisters},
     // Wide heads.
     {kAnyRows, 256, 128, kSomeKeys, 128,  96, 2, 0, 1, 1, kFromRegisters},
+    {kAnyRows, 128, 192,    kPairs, 128, 128, 2, 1, 1, 1, kFromRegisters, 4096},
     {kAnyRows, 128, 192, kSomeKeys, 128, 128, 2, 1, 1, 1, kFromRegisters},
+    {kAnyRows, 192, 192,    kPairs, 128, 112, 2, 0, 1, 1, kFromRegisters, 4096},
     {kAnyRows, 192, 192, kSomeKeys, 128, 112, 2, 0, 1, 1, kFromRegisters},
     {kAnyRows, 128, 256, kWholePages, 128, 64, 3, 0, 1, 1, kFromRegisters},
+    {kAnyRows, 128, 256,    kPairs, 128,  80, 2, 0, 1, 1, kFromRegisters, 4096},
     {kAnyRows, 128, 256, kSomeKeys, 128,  80, 2, 0, 1, 1, kFromRegisters},
+    {kAnyRows, 256, 256,    kPairs, 128,  64, 2, 1, 1, 1, kFromRegisters, 4096},
     {kAnyRows, 256, 256, kSomeKeys, 128,  64, 2, 1, 1, 1, kFromRegisters},
 };
 // clang-format on
 
-// False where the tile does not fit. page: as in Sight.
-constexpr bool set_tile(FwdSm90Config& c, const FwdSm90Tune& row, i32 page, i64 smem_per_block) {
+// Whether a row of the table is meant for calls of this kind.
+constexpr bool meant(const FwdSm90Tune& row, i64 rows, const Sight& sight) {
+  switch (row.masking) {
+    case kPairs:
+      return sight.masking == kEveryKey && !sight.page && ceil_div<i64>(rows, row.block_m) % 2 == 0;
+    case kPages:
+      return sight.page > 0;
+    case kWholePages:
+      return sight.page == 64;
+    default:
+      return row.masking == kSomeKeys || row.masking == sight.masking;
+  }
+}
+
+// False where the tile does not fit.
+constexpr bool set_tile(FwdSm90Config& c, const FwdSm90Tune& row, i64 rows, const Sight& sight, i64 smem_per_block) {
   c.block_m = row.block_m;
   c.block_n = row.block_n;
   c.stages = row.stages;
   c.pingpong = row.pingpong;
   c.overlap = row.overlap;
-  c.paged = page ? std::gcd(page, c.block_n) : 0;
+  c.cluster = row.masking == kPairs && meant(row, rows, sight) ? 2 : 1;
+  c.paged = sight.page ? std::gcd(sight.page, c.block_n) : 0;
   const bool registers = !(c.packed && c.softcap);  // for more than the least
   c.stages_q = registers ? row.stages_q : 1;
   c.staging = registers ? row.staging : i32(kFromRegisters);
@@ -111,13 +133,10 @@ constexpr bool tune_forward_sm90(FwdSm90Config& c, i64 rows, const Sight& sight,
   FwdSm90Config best;
   i64 least = kUnbounded;
   for (const FwdSm90Tune& row : kFwdSm90Tune) {
-    const bool meant = row.masking == kPages        ? sight.page > 0
-                       : row.masking == kWholePages ? sight.page == 64
-                                                    : row.masking == kSomeKeys || row.masking == sight.masking;
-    if (!meant || rows > row.max_rows || round_up_16(c.head_dim) > row.max_dim ||
-        round_up_16(c.head_dim_v) > row.max_dim_v || row.block_m > most)
+    if (!meant(row, rows, sight) || rows > row.max_rows || rows < row.least_rows ||
+        round_up_16(c.head_dim) > row.max_dim || round_up_16(c.head_dim_v) > row.max_dim_v || row.block_m > most)
       continue;
-    if (!set_tile(c, row, sight.page, smem_per_block)) continue;
+    if (!set_tile(c, row, rows, sight, smem_per_block)) continue;
     if (sight.masking != kWindow) return true;
     const i64 cost = window_cost(c, sight);
     if (cost < least) least = cost, best = c;

@@ -63,6 +63,11 @@ Problem make(const FwdSm90Config& c) {
   p.num_heads = c.pack ? pick({4, 4, 32}) * p.num_heads_k : p.num_heads_k;
   if (!c.pack && below(2)) p.num_heads = p.num_heads_k = 2, p.num_heads_v = 1;
   p.seqlen_q = c.pack ? 1 + below(p.num_heads > 8 ? 9 : 50) : pick({1, 17, 64, 130, 200, 260, 300});
+  if (c.cluster > 1) {  // two or four row blocks
+    p.batch = 1 + below(2);
+    const i64 rows = c.block_m * pick({1, 1, 3}) + pick({1, 40, c.block_m});
+    p.seqlen_q = max<i64>(1, rows * p.num_heads_k / (c.pack ? p.num_heads : p.num_heads_k));
+  }
   p.seqlen_k = pick({1, 31, 64, 100, 200, 333}) + (c.split ? 300 : 0);
   // Large scores: references move, and exponentials against the one before overflow.
   p.scale = float(pick({1, 1, 5, 25})) / std::sqrt(float(c.head_dim));
@@ -72,6 +77,7 @@ Problem make(const FwdSm90Config& c) {
   if (!p.causal && below(3) == 0) p.window_right = pick({0, 7, 60});
   if (p.window_left >= 0 && below(2)) p.keep_first = pick({1, 4, 70});
   if (c.kept) p.window_left = pick({0, 5, 40, 100}), p.keep_first = pick({1, 4, kKeptKeys});
+  if (c.cluster > 1) p.causal = false, p.window_left = p.window_right = -1;
   p.force_fa_decode = below(4) == 0;
   i64 rows_q = p.batch * p.seqlen_q, pages = 0;
   if (c.packed) {
@@ -92,7 +98,7 @@ Problem make(const FwdSm90Config& c) {
     for (i64 i = 0; i < p.batch * p.max_pages; ++i) problem.table.push_back(i32((i * 7 + 3) % pages));
   }
   p.total_q = rows_q;
-  const bool uses = c.paged || below(3) == 0;
+  const bool uses = c.cluster == 1 && (c.paged || below(3) == 0);
   for (i64 b = 0; b < p.batch; ++b) {
     problem.used_k.push_back(below(int(p.seqlen_k) + 1));
     problem.used_q.push_back(below(int(p.seqlen_q) + 1));
@@ -101,7 +107,7 @@ Problem make(const FwdSm90Config& c) {
   }
   if (uses) p.seqused_k = problem.used_k.data();
   if (uses && (c.paged || !c.packed) && below(3) == 0) p.seqlen_new = 1 + below(20);  // appended before the kernel
-  if (below(4) == 0) p.seqused_q = problem.used_q.data();
+  if (c.cluster == 1 && below(4) == 0) p.seqused_q = problem.used_q.data();
   if (!c.paged && !c.packed && below(4) == 0) p.leftpad_k = problem.leftpad.data();
   if (below(4) == 0) p.full_from = problem.full_from.data();
   if (c.paged) p.page_table = problem.table.data();
@@ -217,7 +223,7 @@ bool wrote_rows_only(const Problem& problem) {
 
 // The second kernel of a split call.
 template <int kHeadDimV, int kRows>
-bool combine_parts(emulator::Block& block, const CombineLaunch& launch, u32 blocks) {
+bool combine_parts(emulator::Cluster& block, const CombineLaunch& launch, u32 blocks) {
   constexpr CombineConfig kConfig = {i32(DType::bf16), kHeadDimV, kRows};
   bool ended = true;
   for (u32 i = 0; ended && i < blocks; ++i)
@@ -231,7 +237,8 @@ int own = 0, shares = 1, configs = 0;  // of every `shares` Configs this process
 template <FwdSm90Config C>
 void run(int problems, unsigned seed) {
   if (configs++ % shares != own) return;
-  constexpr FwdSm90Tune kTile = {kAnyRows, 256,        256,       kSomeKeys,  C.block_m, C.block_n,
+  constexpr int kMasking = C.cluster > 1 ? kPairs : kSomeKeys;
+  constexpr FwdSm90Tune kTile = {kAnyRows, 256,        256,       kMasking,   C.block_m, C.block_n,
                                  C.stages, C.pingpong, C.overlap, C.stages_q, C.staging};
   for (int n = 0; n < problems; ++n) {
     rng.seed(seed * 1000 + unsigned(n));
@@ -242,7 +249,7 @@ void run(int problems, unsigned seed) {
     for (int tries = 0; tries < 100 && !as_planned; ++tries) {
       problem = make(C);
       DeviceInfo device = typical_device(90);
-      device.sm_count = C.split ? 64 : 1 + below(3);
+      device.sm_count = C.split ? 64 : C.cluster > 1 ? pick({2, 3, 4, 8}) : 1 + below(3);
       if (refusal_sm90(problem.p, device)) continue;
       plan = plan_forward_sm90(problem.p, device, &kTile);
       as_planned = plan.count > 0 && plan.launches[0].kernel == kernel_ref(kFwdSm90, C);
@@ -257,9 +264,9 @@ void run(int problems, unsigned seed) {
     for (int i = 0; i < blocks.box_count; ++i)
       static_cast<TensorMap*>(blocks.boxes[i].map)->opaque[0] = reinterpret_cast<u64>(&blocks.boxes[i]);
     const auto& launch = *reinterpret_cast<const FwdSm90Launch*>(blocks.blocks[0]);
-    emulator::Block block(rng());
+    emulator::Cluster block(C.cluster, rng());
     bool ended = as_planned;
-    for (u32 i = 0; ended && i < plan.launches[0].grid[0]; ++i)
+    for (u32 i = 0; ended && i < plan.launches[0].grid[0]; i += C.cluster)
       ended = block.run(u32(threads(C)), i, plan.launches[0].grid[0], [&] { fwd_sm90<C>(launch); });
     if constexpr (C.split != 0) {
       CombineLaunch parts = *reinterpret_cast<const CombineLaunch*>(blocks.blocks[1]);
@@ -290,7 +297,7 @@ int main(int count, char** arguments) {
   const int problems = count > 1 ? std::atoi(arguments[1]) : 9;
   if (count > 3) own = std::atoi(arguments[2]), shares = std::atoi(arguments[3]);
   // dtype, dims, block_m, block_n, stages, stages_q, pingpong, overlap, packed, paged, split, pack, softcap, staging,
-  // kept
+  // kept, cluster
   run<FwdSm90Config{3, 64, 64, 128, 32, 2, 2, 1}>(problems, 1);
   run<FwdSm90Config{3, 64, 64, 192, 48, 2, 2, 1}>(problems, 2);
   run<FwdSm90Config{3, 40, 72, 128, 48, 2, 1, 0, 1, 0, 0, 0, 0, 1}>(problems, 3);
@@ -334,6 +341,11 @@ int main(int count, char** arguments) {
   run<FwdSm90Config{3, 64, 64, 256, 48, 3, 2, 1, 0, 0, 0, 0, 1, 0, kInPlaceOfQ, 1}>(problems, 53);
   run<FwdSm90Config{3, 40, 104, 128, 32, 2, 1, 0, 0, 1, 8, 0, 0, 0, kFromRegisters, 1}>(problems, 54);
   run<FwdSm90Config{3, 64, 64, 64, 32, 2, 1, 0, 1, 0, 16, 1, 1, 0, kFromRegisters, 1}>(problems, 55);
+  run<FwdSm90Config{3, 64, 64, 128, 32, 2, 1, 1, 1, 0, 0, 0, 0, 0, kFromRegisters, 0, 2}>(problems, 60);
+  run<FwdSm90Config{3, 136, 72, 192, 48, 3, 1, 1, 1, 0, 0, 0, 0, 0, kFromRegisters, 0, 2}>(problems, 61);
+  run<FwdSm90Config{3, 72, 200, 128, 32, 2, 1, 0, 1, 0, 0, 0, 1, 1, kFromRegisters, 0, 2}>(problems, 62);
+  run<FwdSm90Config{3, 64, 40, 256, 32, 2, 2, 1, 0, 0, 0, 0, 1, 0, kInPlaceOfQ, 0, 2}>(problems, 63);
+  run<FwdSm90Config{3, 128, 128, 128, 64, 2, 2, 1, 1, 0, 0, 0, 0, 0, kInPlaceOfQ, 0, 2}>(problems, 64);
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;
 }

@@ -65,15 +65,7 @@ void put_in_pages(AttnParams& p, i64 page) {
   p.page_table = p.seqused_k = reinterpret_cast<const i32*>(memory);
 }
 
-FwdSm90Config config_of(const Plan& plan) {
-  FwdSm90Config c;
-  i32* const values[] = {&c.dtype,    &c.head_dim, &c.head_dim_v, &c.block_m, &c.block_n, &c.stages,
-                         &c.stages_q, &c.pingpong, &c.overlap,    &c.packed,  &c.paged,   &c.split,
-                         &c.pack,     &c.softcap,  &c.staging,    &c.kept};
-  for (size_t i = 0; i < std::size(values); ++i) *values[i] = plan.launches[0].kernel.values[i];
-  static_assert(sizeof c == sizeof(i32) * std::size(values));  // every field is there
-  return c;
-}
+FwdSm90Config config_of(const Plan& plan) { return config_of<FwdSm90Config>(plan.launches[0].kernel); }
 
 // What holds for every plan of this engine.
 void check(const AttnParams& p, const std::string& call) {
@@ -100,11 +92,14 @@ void check(const AttnParams& p, const std::string& call) {
   const i64 group = forward->group.divisor;
   expect(64 % group == 0 && (group > 1) == (c.pack != 0), "packed heads divide a warpgroup's rows", call);
   expect(i64(forward->groups) * group == p.num_heads, "every head has a group", call);
-  expect(i64(forward->m_blocks) * c.block_m >= p.seqlen_q * group, "row blocks cover the rows", call);
+  expect(i64(forward->m_blocks) * c.cluster * c.block_m >= p.seqlen_q * group, "row blocks cover the rows", call);
+  expect(l.cluster == u32(c.cluster) && l.grid[0] % l.cluster == 0, "whole clusters", call);
+  const bool alike = !p.causal && p.window_left < 0 && p.window_right < 0 && !p.cu_seqlens_q && !p.seqused_k;
+  expect(c.cluster == 1 || alike, "both blocks of a cluster see the same keys", call);
   if (!c.packed) {
     const i64 tiles = p.batch * forward->groups * forward->m_blocks * plan.num_splits;
     expect(forward->tiles == tiles, "every tile is dealt out", call);
-    expect(forward->section >= 1 && i64(l.grid[0]) <= tiles, "sections and grid", call);
+    expect(forward->section >= 1 && i64(l.grid[0]) <= tiles * c.cluster, "sections and grid", call);
     const i64 all = p.batch * forward->groups, last = (all - 1) % forward->section + 1;
     expect(!forward->counter || all < 8 || last * 2 >= forward->section, "the last section is no remnant", call);
     expect(forward->long_keys == -1, "fixed lengths have no classes", call);
@@ -194,8 +189,10 @@ void test_tiles() {
   for (const FwdSm90Tune& row : kFwdSm90Tune) {
     FwdSm90Config c = {i32(DType::bf16), row.max_dim, row.max_dim_v};
     const i32 page = row.masking == kPages ? 16 : row.masking == kWholePages ? 64 : 0;
-    expect(set_tile(c, row, page, typical_device(90).smem_per_block) && c.staging == row.staging &&
-               c.stages_q == row.stages_q,
+    const Sight sight = {row.masking == kPairs ? kEveryKey : Masking(row.masking), 0, 64, page};
+    expect(meant(row, 2 * row.block_m, sight) &&
+               set_tile(c, row, 2 * row.block_m, sight, typical_device(90).smem_per_block) &&
+               c.staging == row.staging && c.stages_q == row.stages_q && (c.cluster == 2) == (row.masking == kPairs),
            "a row of the table fits, as it is",
            "dims " + std::to_string(row.max_dim) + ", " + std::to_string(row.max_dim_v));
   }
@@ -370,10 +367,51 @@ void test_order() {
   expect(plan_forward_sm90(p, device).values[kSection] >= 8, "at least 8 heads", "causal, 16384");
 }
 
+// Long queries of wide heads that see every key.
+void test_pairs() {
+  DeviceInfo device = typical_device(90);
+  const auto pairs = [&](const AttnParams& p) {
+    check(p, "pairs");
+    const Plan plan = plan_forward_sm90(p, device);
+    return config_of(plan).cluster == 2 && plan.values[kDynamic] == 0;
+  };
+  AttnParams p = dense(1, 16384, 16384, 16, 16, 192, 128);
+  expect(pairs(p), "neighbouring blocks work together", "(192, 128), 16384");
+  for (i64 dim_v : {192, 256}) {
+    expect(pairs(dense(4, 4096, 4096, 8, 8, 128, dim_v)), "neighbouring blocks work together", "wide, 4096");
+    expect(!pairs(dense(16, 1024, 1024, 8, 8, 128, dim_v)), "not so short ones", "wide, 1024");
+    expect(!pairs(dense(1, 8192 + 1, 8192, 8, 8, 128, dim_v)), "an odd number of blocks", "wide, 8193");
+  }
+  for (i64 dim : {136, 256}) {  // as tests/gpu calls it
+    expect(pairs(dense(2, 4500, 700, 8, 8, dim, dim)) && pairs(dense(2, 1125, 700, 8, 2, dim, dim)), "few keys",
+           "4500");
+  }
+  expect(pairs(dense(2, 4500, 700, 8, 8, 192, 128)) && pairs(dense(2, 4500, 70, 4, 2, 192, 128)), "few keys", "4500");
+  expect(!pairs(dense(1, 16384, 16384, 16, 16, 128, 128)), "narrow heads gain nothing", "128");
+  p.causal = true;
+  expect(!pairs(p), "rows see different keys", "causal");
+  p.causal = false, p.window_left = 100;
+  expect(!pairs(p), "rows see different keys", "window");
+  p.window_left = -1, p.seqused_k = reinterpret_cast<const i32*>(memory);
+  expect(!pairs(p), "lengths are not known", "seqused_k");
+  p.seqused_k = nullptr;
+  AttnParams paged = p;
+  put_in_pages(paged, 64);
+  expect(!pairs(paged), "a tile comes in boxes", "pages");
+  pack_sequences(p, p.seqlen_k);
+  expect(!pairs(p), "sequences have lengths of their own", "packed");
+  p = dense(1, 16384, 16384, 16, 16, 192, 128);
+  device.sm_count = 131;
+  expect(plan_forward_sm90(p, device).launches[0].grid[0] == 130, "a processor more stays alone", "131");
+  device.sm_count = 1;
+  expect(config_of(plan_forward_sm90(p, device)).cluster == 1, "one processor has no neighbour", "1");
+}
+
 }  // namespace
 
 int main() {
   test_append();
+  test_pairs();
   test_splits();
   test_prompts();
   test_pages();

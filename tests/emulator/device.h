@@ -1,7 +1,8 @@
-// One thread block on the CPU, so that a kernel's protocol runs where there is no GPU: every thread is a fiber, and at
-// each place where a GPU's threads may wait, another one is picked at random. Tensor copies land at random later times,
-// and multiplications read their operands at random between their issue and their wait: what hardware leaves open is
-// left open here, too. Arithmetic is not timed, and proxies and memory order are not modelled.
+// One thread block, or a cluster of them, on the CPU, so that a kernel's protocol runs where there is no GPU: every
+// thread is a fiber, and at each place where a GPU's threads may wait, another one is picked at random. Tensor copies
+// land at random later times, and multiplications read their operands at random between their issue and their wait:
+// what hardware leaves open is left open here, too. Arithmetic is not timed, and proxies and memory order are not
+// modelled.
 #pragma once
 
 #include <ucontext.h>
@@ -82,12 +83,28 @@ struct Fiber {
   std::vector<std::shared_ptr<int>> store_groups;
 };
 
+class Block;
+
+// Blocks that run at the same time.
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  unsigned arrived = 0, generation = 0;  // threads, at the barrier of all of them
+
+  Cluster(unsigned size, unsigned seed);
+  // Runs `kernel` once for each thread of blocks `index` and following. False if every thread waits for another one.
+  bool run(unsigned threads, unsigned index, unsigned grid, const std::function<void()>& kernel);
+};
+
 class Block {
  public:
-  explicit Block(unsigned seed) : random(seed) {}
+  Block(Cluster& of, unsigned seed) : random(seed), cluster(of) {}
 
-  // Runs `kernel` once for each thread. False if every thread waits for another one.
-  bool run(unsigned threads, unsigned index, unsigned blocks, const std::function<void()>& kernel);
+  void start(unsigned threads, unsigned index, unsigned grid, const std::function<void()>& kernel);
+  // Every warp takes a turn, and copies land.
+  void round();
+  void land();
+  // Where this block's shared memory is now.
+  unsigned char* memory();
 
   Fiber& fiber() { return *fibers[current]; }
   void yield() { swapcontext(&fiber().context, &scheduler); }
@@ -97,6 +114,7 @@ class Block {
     while (!ready()) yield();
     moved = true;
   }
+  bool ended() const { return left == 0; }
   bool chance(unsigned one_in) { return random() % one_in == 0; }
 
   // Every lane's value, once all of them are here.
@@ -108,11 +126,15 @@ class Block {
   std::map<unsigned, Barrier> barriers;
   std::map<unsigned, NamedBarrier> named;
   std::vector<std::function<void()>> copies;  // on their way
-  unsigned current = 0, index = 0, blocks = 0;
+  Cluster& cluster;
+  unsigned current = 0, index = 0, grid = 0, left = 0;  // left: threads that have not ended
+  unsigned away = 0;   // rounds that it still stands still, while the other block of its cluster goes on
   bool moved = false;  // somebody went on since the last round
 
  private:
   static void enter();
+  void resume();  // its memory takes the place that the kernel knows
+  std::vector<unsigned char> saved_;
   ucontext_t scheduler;
   std::function<void()> kernel_;
 };
@@ -131,7 +153,7 @@ struct BlockIndex {
 };
 struct GridSize {
   struct X {
-    operator unsigned() const { return block->blocks; }
+    operator unsigned() const { return block->grid; }
   } x;
 };
 

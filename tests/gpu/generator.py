@@ -136,6 +136,22 @@ def long_groups():
     return groups
 
 
+def pair_groups():
+    """Long queries of wide heads that see every key: neighbouring row blocks may share tiles (test_plan_sm90 knows)."""
+    groups = []
+    for n, (d, dv) in enumerate([(192, 128), (96, 192), (128, 256), (256, 256), (136, 136)]):
+        group = []
+        for m, (length, heads) in enumerate([(4500, (8, 8, 8)), (4500, (8, 4, 2)), (1125, (8, 2, 2))]):
+            for softcap in (0.0, 20.0):
+                case = Case(
+                    (length, length), (700, 700), DTYPES[(n + m) % 2], d, dv, *heads, softcap=softcap, sinks=m == 1,
+                    strided=(None, "sliced", "transposed")[m],
+                )  # fmt: skip
+                group.append(Job("forward", case, m))
+        groups.append(group)
+    return groups
+
+
 def repeat_groups():
     """Calls whose bits must not change from run to run, with enough rows for many blocks to race."""
     groups = []
@@ -155,5 +171,5 @@ def repeat_groups():
 
 def groups():
     """All jobs; the groups whose kernels take longest to compile come first."""
-    every = attention_groups() + curated_groups() + cache_groups() + long_groups() + repeat_groups()
+    every = attention_groups() + curated_groups() + cache_groups() + long_groups() + pair_groups() + repeat_groups()
     return sorted(every, key=lambda jobs: -max(job.case.head_dim * job.case.head_dim_v for job in jobs))

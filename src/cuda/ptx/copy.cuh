@@ -9,7 +9,8 @@ namespace strobe::ptx {
 // "Data Movement and Conversion Instructions: cvta".
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
-// Hides where a value came from, so that nothing computed from it leaves the loop that this stands in.
+// Hides where a value came from: nothing computed from it leaves the loop that this stands in, and no code is copied
+// for a value that is known.
 __device__ __forceinline__ void opaque(u32& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void opaque(u64& x) { asm volatile("" : "+l"(x)); }
 __device__ __forceinline__ void opaque(i64& x) { asm volatile("" : "+l"(x)); }

@@ -52,7 +52,32 @@ __device__ __forceinline__ void tma_load(u32 shared, const TensorMap& map, u32 b
       : "memory");
 }
 
-// The same from shared memory; what lies outside of the tensor is not written. A thread waits for the reads of the
+// The same to the same place of both blocks of a cluster, whose barriers at that place are both told.
+// "cp.async.bulk.tensor: .multicast::cluster".
+__device__ __forceinline__ void tma_load_to_both(u32 shared, const TensorMap& map, u32 barrier, i32 c0, i32 c1, i32 c2,
+                                                 i32 c3) {
+  constexpr u16 kBoth = 3;
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%3, %4, %5, %6}], [%2], %7;" ::"r"(shared),
+      "l"(reinterpret_cast<u64>(&map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(kBoth)
+      : "memory");
+}
+
+// Blocks of a cluster: an arrival at a barrier of block `rank`, and a wait of all their threads for each other. "mapa",
+// "barrier.cluster".
+__device__ __forceinline__ void mbarrier_arrive_at(u32 barrier, u32 rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, "
+      "[there];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+}
+
+// A box from shared memory; what lies outside of the tensor is not written. A thread waits for the reads of the
 // copies that it has committed. "cp.async.bulk.commit_group", "cp.async.bulk.wait_group".
 __device__ __forceinline__ void tma_store(const TensorMap& map, u32 shared, i32 c0, i32 c1, i32 c2, i32 c3) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(

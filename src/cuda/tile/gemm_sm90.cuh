@@ -6,17 +6,14 @@
 
 namespace strobe {
 
-// s = q k^T for 64 rows of q [panel][64][64] and the first kN keys of [panel][kKeys][64], of which this is the
-// descriptor.
+// s = q k^T for 64 rows of q [panel][64][64] and the first kN keys of [panel][kKeys][64], of which these are the
+// descriptors.
 template <DType kType, int kDepth, int kKeys, int kN>
-__device__ __forceinline__ void issue_scores(Fragment<16, kN>& s, u32 q, u64 k) {
-  // The descriptors of a wide head would be kept in registers from item to item, which have no room: q is taken as new.
-  if (kDepth > 128) ptx::opaque(q);
-  const u64 a = ptx::matrix_descriptor(q);
+__device__ __forceinline__ void issue_scores(Fragment<16, kN>& s, u64 q, u64 k) {
 #pragma unroll
   for (int i = 0; i < kDepth / 16; ++i) {
     const int panel = i / 4, in_panel = i % 4 * 32;
-    ptx::Wgmma<kType, kN>::ss(s, a + ((panel * 64 * 128 + in_panel) >> 4), k + ((panel * kKeys * 128 + in_panel) >> 4),
+    ptx::Wgmma<kType, kN>::ss(s, q + ((panel * 64 * 128 + in_panel) >> 4), k + ((panel * kKeys * 128 + in_panel) >> 4),
                               i != 0);
   }
 }

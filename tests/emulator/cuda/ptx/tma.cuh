@@ -14,10 +14,8 @@ inline void complete(emulator::Barrier& b) {
   b.pending = b.arrivals;
   emulator::block->moved = true;
 }
-inline void mbarrier_init_cta(u32 barrier, u32 arrivals) { barrier_at(barrier) = {arrivals, arrivals, 0, 0}; }
-inline void fence_mbarrier_init() {}
-inline void mbarrier_arrive(u32 barrier) {
-  emulator::Barrier& b = barrier_at(barrier);
+inline void arrive(emulator::Block& block, u32 barrier) {
+  emulator::Barrier& b = block.barriers[barrier];
   if (b.pending == 0) {
     std::printf("FAILED a barrier gets more arrivals than its phase takes\n");
     std::exit(1);
@@ -25,6 +23,9 @@ inline void mbarrier_arrive(u32 barrier) {
   --b.pending;
   complete(b);
 }
+inline void mbarrier_init_cta(u32 barrier, u32 arrivals) { barrier_at(barrier) = {arrivals, arrivals, 0, 0}; }
+inline void fence_mbarrier_init() {}
+inline void mbarrier_arrive(u32 barrier) { arrive(*emulator::block, barrier); }
 inline void mbarrier_expect_tx(u32 barrier, u32 bytes) {
   barrier_at(barrier).bytes += bytes;
   mbarrier_arrive(barrier);
@@ -65,11 +66,12 @@ inline u32 check_box(const host::TensorBox& box, u32 shared) {
   return box.box[0] * box.box[1] * box.box[2] * box.box[3] * 2;
 }
 // The place is worthless from now on, and holds the box at some later time.
-inline void tma_load(u32 shared, const TensorMap& map, u32 barrier, i32 c0, i32 c1, i32 c2, i32 c3) {
+inline void tma_load_to(emulator::Block& block, u32 shared, const TensorMap& map, u32 barrier, i32 c0, i32 c1, i32 c2,
+                        i32 c3) {
   const auto* box = reinterpret_cast<const host::TensorBox*>(map.opaque[0]);
   const u32 bytes = check_box(*box, shared);
-  std::memset(at(shared, bytes), 0xff, bytes);
-  emulator::block->copies.push_back([=] {
+  std::memset(block.memory() + (at(shared, bytes) - smem), 0xff, bytes);
+  block.copies.push_back([=] {
     for_box(*box, shared, {c0, c1, c2, c3}, [](void* to, const void* from) {
       const u16 zero = 0;
       std::memcpy(to, from ? from : &zero, 2);
@@ -79,6 +81,35 @@ inline void tma_load(u32 shared, const TensorMap& map, u32 barrier, i32 c0, i32 
     complete(b);
   });
 }
+inline void tma_load(u32 shared, const TensorMap& map, u32 barrier, i32 c0, i32 c1, i32 c2, i32 c3) {
+  tma_load_to(*emulator::block, shared, map, barrier, c0, c1, c2, c3);
+}
+// In each block the box lands at a time of its own.
+inline void tma_load_to_both(u32 shared, const TensorMap& map, u32 barrier, i32 c0, i32 c1, i32 c2, i32 c3) {
+  emulator::Block* const own = emulator::block;
+  for (const auto& block : own->cluster.blocks) tma_load_to(*block, shared, map, barrier, c0, c1, c2, c3);
+}
+
+inline void mbarrier_arrive_at(u32 barrier, u32 rank) {
+  emulator::Block& block = *emulator::block->cluster.blocks[rank];
+  if (block.ended()) {
+    std::printf("FAILED a block that has ended is told of a free stage\n");
+    std::exit(1);
+  }
+  arrive(block, barrier);
+}
+inline void cluster_sync() {
+  emulator::Block& block = *emulator::block;
+  emulator::Cluster& cluster = block.cluster;
+  const unsigned generation = cluster.generation;
+  if (++cluster.arrived == cluster.blocks.size() * block.fibers.size()) {
+    cluster.arrived = 0;
+    ++cluster.generation;
+    block.moved = true;
+  }
+  block.wait([&] { return cluster.generation != generation; });
+}
+
 // Reads shared memory at some later time.
 inline void tma_store(const TensorMap& map, u32 shared, i32 c0, i32 c1, i32 c2, i32 c3) {
   const auto* box = reinterpret_cast<const host::TensorBox*>(map.opaque[0]);
