@@ -22,12 +22,13 @@ struct FwdSm90Launch {
   FastDivisor group;     // query heads that share a tile
   FastDivisor heads_per_k, heads_per_v;  // num_heads / num_heads_k, num_heads / num_heads_v
   // Fixed lengths: tiles count splits first. Then the last row blocks of `section` groups of heads come before any
-  // others: the longest tiles first, and K and V of a section stay in L2.
-  i32 splits, m_blocks, section;  // m_blocks: row blocks, or pairs of them where clusters work
-  i32 groups;                     // groups of heads in a sequence
-  i32 tiles;                      // all of them; packed: unused
-  i32 rows_k;                     // rows of k and v that a box can reach in a sequence's batch entry
-  i32 long_keys;                  // packed: sequences with more keys come first; -1: all in their order
+  // others: the longest tiles first, and K and V of a section stay in L2. Where clusters work, `m_blocks` and `tiles`
+  // count pairs of row blocks.
+  i32 splits, m_blocks, section;
+  i32 groups;     // groups of heads in a sequence
+  i32 tiles;      // all of them; packed: unused
+  i32 rows_k;     // rows of k and v that a box can reach in a sequence's batch entry
+  i32 long_keys;  // packed: sequences with more keys come first; -1: all in their order
 };
 
 }  // namespace strobe

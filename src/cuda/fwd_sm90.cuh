@@ -64,7 +64,8 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
     return ptx::matrix_descriptor(q);
   };
   const auto values = [&] { return ptx::matrix_descriptor(shared.v(v_ring.stage), kKeys * 128); };
-  // A stage is filled in both blocks of a cluster at once, so both are told.
+  // A stage is filled in both blocks of a cluster at once, so both are told. No cluster-wide order of memory is needed:
+  // what was read has been read, and only copies write there.
   const auto free_stage = [&](u32 barrier) {
     if constexpr (C.cluster > 1) {
       if (lane_id() < C.cluster) ptx::mbarrier_arrive_at(barrier, u32(lane_id()));

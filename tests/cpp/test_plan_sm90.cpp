@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <iterator>
 #include <string>
+#include <utility>
 
 #include "core/launch_sm90.h"
 #include "host/cuda_engine.h"
@@ -382,11 +383,16 @@ void test_pairs() {
     expect(!pairs(dense(16, 1024, 1024, 8, 8, 128, dim_v)), "not so short ones", "wide, 1024");
     expect(!pairs(dense(1, 8192 + 1, 8192, 8, 8, 128, dim_v)), "an odd number of blocks", "wide, 8193");
   }
-  for (i64 dim : {136, 256}) {  // as tests/gpu calls it
-    expect(pairs(dense(2, 4500, 700, 8, 8, dim, dim)) && pairs(dense(2, 1125, 700, 8, 2, dim, dim)), "few keys",
-           "4500");
+  for (const auto [dim, dim_v] : {std::pair<i64, i64>{192, 128}, {96, 192}, {128, 256}, {256, 256}, {136, 136}}) {
+    // As tests/gpu calls them.
+    const i64 more = dim == 192 ? 2 : 1;
+    AttnParams few = dense(1, 4500, 100, 2 * more, 2 * more, dim, dim_v);
+    expect(pairs(few) && pairs(dense(2, 1125, 100, 4 * more, more, dim, dim_v)), "few keys", "4500");
+    few.num_heads_k = more;
+    expect(pairs(few), "few keys, fewer heads of K", "4500");
   }
-  expect(pairs(dense(2, 4500, 700, 8, 8, 192, 128)) && pairs(dense(2, 4500, 70, 4, 2, 192, 128)), "few keys", "4500");
+  expect(pairs(dense(2, 4500, 70, 4, 2, 192, 128)) && pairs(dense(2, 4500, 70, 4, 2, 256, 256)),
+         "the sanitizers' calls", "4500");
   expect(!pairs(dense(1, 16384, 16384, 16, 16, 128, 128)), "narrow heads gain nothing", "128");
   p.causal = true;
   expect(!pairs(p), "rows see different keys", "causal");
