@@ -110,7 +110,8 @@ std::string explain(const host::Plan& plan) {
   for (int i = 0; i < plan.count; ++i) {
     const host::Launch& l = plan.launches[i];
     text += describe(l.kernel) + ": " + std::to_string(l.grid[0]) + " blocks of " + std::to_string(l.threads) +
-            " threads, " + std::to_string(l.smem) + " bytes of shared memory\n";
+            " threads, " + (l.cluster > 1 ? "in clusters of " + std::to_string(l.cluster) + ", " : "") +
+            std::to_string(l.smem) + " bytes of shared memory\n";
   }
   text += std::to_string(plan.num_splits) + (plan.num_splits == 1 ? " split of the keys, " : " splits of the keys, ") +
           std::to_string(plan.workspace_bytes) + " bytes of workspace\n";

@@ -229,13 +229,21 @@ void fill_backward(const BackwardParams& params, const Plan& plan, void* workspa
   for (int i = 0; i < 3; ++i) blocks.emplace<BwdLaunch>(i) = l;
 
   int launch = 3;
-  const auto add_sum = [&](const float* parts, const Rows& out, i64 dim, i64 num_heads) {
-    if (!parts) return;
+  const auto add_sum = [&](Part part, const Rows& out, i64 dim, i64 num_heads) {
+    if (plan.offsets[part] == kNowhere) return;  // not by the address, which is null where the workspace is empty
     BwdSumLaunch& sum = blocks.emplace<BwdSumLaunch>(launch++);
-    sum = {p, out, parts, dim, p.num_heads / heads / num_heads, l.k_tiles, l.max_k_tiles, block_n, l.first_part()};
+    sum = {p,
+           out,
+           static_cast<const float*>(at(part)),
+           dim,
+           p.num_heads / heads / num_heads,
+           l.k_tiles,
+           l.max_k_tiles,
+           block_n,
+           l.first_part()};
   };
-  add_sum(l.dk_parts, params.dk, p.head_dim, p.num_heads_k);
-  add_sum(l.dv_parts, params.dv, p.head_dim_v, p.num_heads_v);
+  add_sum(kDkParts, params.dk, p.head_dim, p.num_heads_k);
+  add_sum(kDvParts, params.dv, p.head_dim_v, p.num_heads_v);
   if (l.kept > 0) blocks.emplace<BwdLaunch>(launch) = l;
 }
 
