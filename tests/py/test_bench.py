@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from bench import cases, cpu, gpu, gpu_page, gpu_peers, gpu_run, marks, page, plot, report
+from bench import builds, cases, cpu, gpu, gpu_page, gpu_peers, gpu_run, marks, page, plot, report
 from bench.gpu_inputs import make_inputs
 from bench.gpu_reference import part_of, parts_of
 from bench.gpu_reference import reference as float64
@@ -19,6 +19,7 @@ from bench.gpu_worker import Worker
 from bench.main import join
 
 import reference
+import strobe
 from cases import Case
 from dying_worker import dying
 
@@ -319,3 +320,31 @@ def test_a_process_that_dies_or_hangs_costs_one_figure():
         "d": "illegal address",
         "e": 1.0,
     }
+
+
+@pytest.fixture
+def another_build(tmp_path):
+    """A folder whose strobe gives other results than ours."""
+    package = tmp_path / "other" / "strobe"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("def flash_attn_func(q, k, v, **options):\n    return 2 * q\n")
+    return str(package.parent)
+
+
+def test_builds_take_turns(another_build, capfd):
+    """Each build has its process and its strobe; what computes something else is named."""
+    tiny = cases.Task("fwd", "forward", Case((40,), None, "fp32", 16), "TFLOP/s")
+    ours = str(pathlib.Path(strobe.__file__).parents[1])
+    options = ["--rounds", "2", "--turn", "0.001"]
+    assert builds.main([ours, ours, *options], "cpu", {"fwd": [tiny]}) == 0
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith(tiny.name)]
+    micros, ratio = line.removeprefix(tiny.name).split()
+    assert float(micros) > 0 and float(ratio) > 0
+    assert builds.main([ours, another_build, *options], "cpu", {"fwd": [tiny]}) == 1
+    assert "OTHER RESULTS" in capfd.readouterr().out
+
+
+def test_a_folder_without_a_build_is_named(tmp_path, capfd):
+    tiny = cases.Task("fwd", "forward", Case((4,), None, "fp32", 16), "TFLOP/s")
+    assert builds.main([str(tmp_path)], "cpu", {"fwd": [tiny]}) == 1
+    assert f"{tmp_path} holds no strobe" in capfd.readouterr().out
