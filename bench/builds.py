@@ -14,52 +14,48 @@ import statistics
 import sys
 from pathlib import Path
 
+import torch
+
 from bench import gpu
-from bench.gpu_worker import Died, Worker
+from bench.gpu_worker import Died, Worker, answer
 from bench.measure import interleave, wall_clock
 
 SAME = 1e-3  # of the sum of a result's magnitudes, by which builds may differ
 
 
-def serve(folder, device, connection):
-    """What a build's process answers to: ("prepare", task) and ("time", repeats)."""
-    folder = str(Path(folder).resolve())
-    sys.path.insert(0, folder)
-    import torch
+def device_clock(call, repeats):
+    """Seconds of one call, from `repeats` in a row; the L2 is not emptied between them."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3 / repeats
 
+
+def serve(folder, device, connection):
+    """A build's process. It answers ("prepare", task) with (seconds, magnitudes), ("time", repeats) with seconds."""
+    folder = str(Path(folder).resolve())
+    sys.path.insert(0, folder)  # before anything here imports strobe
     import strobe
     from bench.gpu_inputs import make_inputs
     from bench.gpu_peers import SYSTEMS
 
-    def device_clock(call, repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            call()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) / 1e3 / repeats
-
     clock, call = device_clock if device == "cuda" else wall_clock, None
-    while True:
-        try:
-            name, (argument,) = connection.recv()
-        except EOFError:
-            return
-        try:
-            if not Path(strobe.__file__).is_relative_to(folder):
-                raise FileNotFoundError(f"{folder} holds no strobe")
-            if name == "prepare":
-                prepared = SYSTEMS["strobe"](argument, make_inputs(argument, device))
-                call = prepared.call
-                sums = [result.double().abs().sum().item() for result in prepared.results(call())]
-                answer = min(clock(call, 1) for _ in range(3)), sums
-            else:
-                answer = clock(call, argument)
-        except Exception as error:
-            connection.send(("error", f"{type(error).__name__}: {error}"))
-        else:
-            connection.send(("done", answer))
+
+    def handle(name, argument):
+        nonlocal call
+        if name == "time":
+            return clock(call, argument)
+        if not Path(strobe.__file__).is_relative_to(folder):
+            raise FileNotFoundError(f"{folder} holds no strobe")
+        prepared = SYSTEMS["strobe"](argument, make_inputs(argument, device))
+        call = prepared.call
+        sums = [result.double().abs().sum().item() for result in prepared.results(call())]
+        return min(clock(call, 1) for _ in range(3)), sums
+
+    answer(connection, handle)
 
 
 def agree(ours, theirs):

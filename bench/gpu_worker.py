@@ -15,7 +15,8 @@ class Died(Exception):
         self.at = at
 
 
-def serve(connection):
+def answer(connection, handle):
+    """Sends back what handle(name, *arguments) returns for each request, or why there is nothing."""
     import bench.gpu_run as gpu_run
 
     while True:
@@ -24,10 +25,7 @@ def serve(connection):
         except EOFError:  # the parent has closed its end
             return
         try:
-            if name == "run":
-                result = gpu_run.run(*arguments, at=lambda system: connection.send(("at", system)))
-            else:
-                result = gpu_run.HANDLERS[name]()
+            result = handle(name, *arguments)
         except gpu_run.Lost as lost:
             connection.send(("lost", str(lost)))
             os._exit(1)  # destructors would wait for the device
@@ -35,6 +33,17 @@ def serve(connection):
             connection.send(("error", gpu_run.reason(error)))
         else:
             connection.send(("done", result))
+
+
+def serve(connection):
+    import bench.gpu_run as gpu_run
+
+    def handle(name, *arguments):
+        if name == "run":
+            return gpu_run.run(*arguments, at=lambda system: connection.send(("at", system)))
+        return gpu_run.HANDLERS[name]()
+
+    answer(connection, handle)
 
 
 class Worker:

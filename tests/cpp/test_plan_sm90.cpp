@@ -1,7 +1,6 @@
 // Plans of the engine sm90, without a GPU: which calls it takes, that what is launched fits the device, and that the
 // parameter block, the tensor maps and the workspace agree.
 #include <cstdio>
-#include <iterator>
 #include <string>
 #include <utility>
 
@@ -383,7 +382,7 @@ void test_pairs() {
     expect(!pairs(dense(16, 1024, 1024, 8, 8, 128, dim_v)), "not so short ones", "wide, 1024");
     expect(!pairs(dense(1, 8192 + 1, 8192, 8, 8, 128, dim_v)), "an odd number of blocks", "wide, 8193");
   }
-  for (const auto [dim, dim_v] : {std::pair<i64, i64>{192, 128}, {96, 192}, {128, 256}, {256, 256}, {136, 136}}) {
+  for (const auto& [dim, dim_v] : {std::pair<i64, i64>{192, 128}, {96, 192}, {128, 256}, {256, 256}, {136, 136}}) {
     // As tests/gpu calls them.
     const i64 more = dim == 192 ? 2 : 1;
     AttnParams few = dense(1, 4500, 100, 2 * more, 2 * more, dim, dim_v);
