@@ -16,7 +16,7 @@ struct FwdSm90Config {
   i32 stages = 0;                    // of K and of V
   i32 stages_q = 1;                  // 2: an item's queries arrive before the item before has ended
   i32 pingpong = 0;                  // consumers take turns with the tensor cores
-  i32 overlap = 1;  // a tile is multiplied by V under the next one's exponentials; 0: after them, with fewer registers
+  i32 overlap = 1;  // a tile is multiplied by V under the next one's exponentials; 0: before they begin
   i32 packed = 0;   // sequences of their own lengths: a tile's sequence is found by a scan over them
   i32 paged = 0;    // rows of a box of K or V, which divide a page; 0: not paged
   i32 split = 0;    // writes partial results
@@ -116,6 +116,15 @@ constexpr int kStagedRows = 16;  // of a tensor copy: each warp sends its own, a
 constexpr int producer_registers(const FwdSm90Config& c) { return consumers(c) >= 3 ? 32 : 40; }
 constexpr int consumer_registers(const FwdSm90Config& c) {
   return consumers(c) == 4 ? 112 : consumers(c) == 3 ? 160 : 232;
+}
+
+// Without overlap: whether a tile's scores are issued right behind the tile before by V, so that the tensor cores go
+// from one to the other while nobody watches. Scores and probabilities are then in registers at once. With fewer to
+// spare the assembler spills, or makes each multiplication wait for the one before.
+constexpr bool joins_products(const FwdSm90Config& c) {
+  constexpr int kSpare = 32;
+  const int kept = c.kept ? kKeptKeys : 0;  // their scores, besides
+  return !c.overlap && (2 * round_up_16(c.head_dim_v) + 3 * c.block_n + 2 * kept) / 4 <= consumer_registers(c) - kSpare;
 }
 
 constexpr bool valid(const FwdSm90Config& c) {

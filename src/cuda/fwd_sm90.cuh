@@ -1,7 +1,7 @@
 // Forward for Hopper: FlashAttention-3's division of work (Shah et al., arXiv 2407.08608). A producer warp brings tiles
 // by tensor copies; each consumer warpgroup owns 64 rows and multiplies by wgmma, in turns. Inside a warpgroup the
 // exponentials of a tile run under the multiplication of the tile before by V (overlap), or else under the other
-// warpgroups' multiplications alone, which leaves registers for more of them or for wider tiles.
+// warpgroups' multiplications alone: then they need no maximum first, and one turn keeps the tensor cores busy longer.
 #pragma once
 
 #include "cuda/fwd_sm90_epilogue.cuh"
@@ -28,6 +28,7 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
   constexpr bool kPlain = !C.softcap;
   constexpr bool kSkips = skips(C);
   constexpr bool kOneStep = one_step(C);
+  constexpr bool kJoined = joins_products(C);
   using Scores = Fragment<16, kKeys>;
   const AttnParams& p = launch.p;
   // Tensor copies take their addresses from registers of the whole warp: a shuffle says that lanes agree.
@@ -203,22 +204,28 @@ __device__ __forceinline__ void consume(const FwdSm90Launch& launch, const Sm90S
       Scores s;
       const u64 k = keys();
       const bool begun = begun_before(kind);
+      const auto end_last = [&] {
+        ptx::wgmma_wait<kJoined>();
+        ptx::pin(out);
+        ptx::pin(probabilities);
+      };
       if (!begun) k_wait();
       turn_wait();
       if (begun) {
         issue_last();
         k_wait();
-        ptx::wgmma_wait<0>();
-        ptx::pin(out);
+        if (!kJoined) end_last();
       }
       ptx::wgmma_fence();
       issue_scores<kType, kDepth, kKeys>(s, queries(q), k);
       ptx::wgmma_commit();
       turn_pass();
-      if (begun)
+      if (begun) {
+        if (kJoined) end_last();
         v_release();
-      else
+      } else {
         find_bounds();
+      }
       v_wait();
       ptx::wgmma_wait<0>();
       ptx::pin(s);

@@ -61,6 +61,7 @@ Shape shape_of(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune*
   c.head_dim_v = i32(p.head_dim_v);
   c.packed = p.cu_seqlens_q != nullptr;
   c.softcap = p.softcap != 0.f;
+  c.kept = skips(c) && p.window_left >= 0 && p.keep_first > 0 && p.keep_first <= kKeptKeys;
   // A packed tile's queries are one box of (heads, tokens): both are powers of 2.
   s.group = std::gcd(heads_in_common(p), kWarpgroupRows);
   // Where rows see different keys, packed ones, which are of fewer tokens, have fewer tiles to compute and to mask.
@@ -76,7 +77,6 @@ Shape shape_of(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune*
   s.fits = tile ? set_tile(c, *tile, rows, sight, device.smem_per_block)
                 : tune_forward_sm90(c, rows, sight, device.smem_per_block);
   if (!s.fits) return s;
-  c.kept = skips(c) && p.window_left >= 0 && p.keep_first > 0 && p.keep_first <= kKeptKeys;
   // Tall tiles compute faster, but few of them leave processors idle.
   FwdSm90Config low = c;
   const auto busy_with = [&](const FwdSm90Config& config) {

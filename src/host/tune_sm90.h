@@ -43,43 +43,40 @@ constexpr FwdSm90Tune kFwdSm90Tune[] = {
     {kAnyRows,  64,  64, kWindow, 256,  64, 4, 1, 0, 2, kInPlaceOfQ},
     {kAnyRows,  64,  64, kWindow, 256,  80, 4, 1, 0, 2, kInPlaceOfQ},
     {kAnyRows,  96,  96, kWindow, 256,  48, 3, 1, 0, 2, kInPlaceOfQ},
-    {kAnyRows, 128, 128, kWindow, 192,  48, 4, 1, 1, 2, kInPlaceOfQ},
-    {kAnyRows, 128, 128, kWindow, 192,  64, 3, 1, 1, 2, kInPlaceOfQ},
-    {kAnyRows, 128, 128, kWindow, 192,  80, 3, 1, 1, 2, kInPlaceOfQ},
-    // Without overlap: four consumers, or wide tiles. Short sequences: of smaller tiles less is computed for nothing,
-    // and 1024 rows are 5.3 tiles of 192.
+    {kAnyRows, 128, 128, kWindow, 192,  48, 4, 1, 0, 2, kInPlaceOfQ},
+    {kAnyRows, 128, 128, kWindow, 192,  64, 3, 1, 0, 2, kInPlaceOfQ},
+    {kAnyRows, 128, 128, kWindow, 192,  80, 3, 1, 0, 2, kInPlaceOfQ},
+    // Short sequences: of smaller tiles less is computed for nothing, and 1024 rows are 5.3 tiles of 192. Soft caps take
+    // what overlaps.
     {     192,  64,  64, kSomeKeys, 192, 128, 3, 1, 1, 2, kInPlaceOfQ},
     {kAnyRows,  64,  64, kSomeKeys, 256,  64, 4, 1, 0, 2, kInPlaceOfQ},
+    {kAnyRows,  64,  64, kSomeKeys, 192, 128, 3, 1, 1, 2, kInPlaceOfQ},
     {    1024,  96,  96, kSomeKeys, 256,  48, 3, 1, 0, 2, kInPlaceOfQ},
     {kAnyRows,  96,  96, kSomeKeys, 192, 144, 2, 1, 0, 1, kFromRegisters},
-    // Soft caps take what overlaps.
-    {kAnyRows,  64,  64, kSomeKeys, 192, 128, 3, 1, 1, 2, kInPlaceOfQ},
     {kAnyRows,  96,  96, kSomeKeys, 192, 112, 2, 1, 1, 2, kInPlaceOfQ},
-    {    1024,  64, 128, kSomeKeys, 192,  96, 3, 1, 0, 2, kInOwnPlace},
-    {kAnyRows,  64, 128, kSomeKeys, 192, 112, 3, 1, 0, 2, kInOwnPlace},
-    {    1024, 128, 128, kEveryKey, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},
-    {     512, 128, 128, kSomeKeys, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},
-    {    1024, 128, 128, kSomeKeys, 192,  96, 2, 1, 0, 2, kInPlaceOfQ},
-    {kAnyRows, 128, 128,    kPages, 192,  96, 2, 1, 0, 2, kInPlaceOfQ},
-    {kAnyRows, 128, 128,    kPages, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},  // with soft caps
+    {    1024,  64, 128, kSomeKeys, 192,  64, 4, 1, 0, 2, kInOwnPlace},
+    {kAnyRows,  64, 128, kSomeKeys, 192,  80, 4, 1, 0, 2, kInOwnPlace},
+    {    1024, 128, 128, kEveryKey, 128, 128, 2, 1, 0, 2, kInPlaceOfQ},
+    {     512, 128, 128, kSomeKeys, 128, 128, 2, 1, 0, 2, kInPlaceOfQ},
+    {kAnyRows, 128, 128, kSomeKeys, 192,  80, 3, 1, 0, 2, kInPlaceOfQ},
+    {kAnyRows, 128, 128, kSomeKeys, 128, 128, 2, 1, 0, 2, kInPlaceOfQ},  // where there are few
+    {    1024, 128, 128, kSomeKeys, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},
+    {kAnyRows, 128, 128,    kPages, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},
     {kAnyRows, 128, 128, kSomeKeys, 192,  80, 3, 1, 1, 2, kInPlaceOfQ},
-    {kAnyRows, 128, 128, kSomeKeys, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},  // where there are few
-    {     512, 192, 128, kSomeKeys, 128,  64, 3, 1, 1, 2, kInPlaceOfQ},
-    {    1024, 192, 128, kEveryKey, 128,  96, 2, 1, 1, 2, kInPlaceOfQ},
-    {    1024, 192, 128, kSomeKeys, 128,  64, 3, 1, 1, 2, kInPlaceOfQ},
+    {kAnyRows, 128, 128, kSomeKeys, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},
     {kAnyRows, 192, 128, kWholePages, 192, 64, 3, 1, 1, 1, kFromRegisters},
-    {kAnyRows, 192, 128,    kPages, 192,  80, 2, 1, 1, 1, kFromRegisters},
-    {    4096, 192, 128, kSomeKeys, 192,  64, 3, 1, 1, 1, kFromRegisters},
-    {kAnyRows, 192, 128,    kPairs, 192,  80, 3, 1, 1, 1, kFromRegisters},
+    {kAnyRows, 192, 128,    kPages, 128, 128, 2, 1, 0, 1, kFromRegisters},
+    {kAnyRows, 192, 128, kSomeKeys, 128,  64, 3, 1, 0, 2, kInPlaceOfQ},
+    {    1024, 192, 128, kSomeKeys, 128,  64, 3, 1, 1, 2, kInPlaceOfQ},
     {kAnyRows, 192, 128, kSomeKeys, 192,  80, 2, 1, 1, 1, kFromRegisters},
-    // Wide heads. Pairs read L2 half as often: up to 4 % in long sequences, where the GPU's power is what binds.
+    // Wide heads. Pairs read L2 half as often: up to 2 % in long sequences, where the GPU's power is what binds.
     {kAnyRows, 256, 128, kSomeKeys, 128,  96, 2, 0, 1, 1, kFromRegisters},
-    {kAnyRows, 128, 192,    kPairs, 128, 128, 2, 1, 1, 1, kFromRegisters, 4096},
+    {kAnyRows, 128, 192, kSomeKeys, 128, 128, 2, 1, 0, 1, kFromRegisters},
     {kAnyRows, 128, 192, kSomeKeys, 128, 128, 2, 1, 1, 1, kFromRegisters},
-    {kAnyRows, 192, 192,    kPairs, 128, 112, 2, 0, 1, 1, kFromRegisters, 4096},
+    {kAnyRows, 192, 192, kSomeKeys, 128, 112, 2, 1, 0, 1, kFromRegisters},
     {kAnyRows, 192, 192, kSomeKeys, 128, 112, 2, 0, 1, 1, kFromRegisters},
-    {kAnyRows, 128, 256, kWholePages, 128, 64, 3, 0, 1, 1, kFromRegisters},
-    {kAnyRows, 128, 256,    kPairs, 128,  80, 2, 0, 1, 1, kFromRegisters, 4096},
+    {kAnyRows, 128, 256,    kPairs, 128,  64, 3, 1, 0, 1, kFromRegisters, 4096},
+    {kAnyRows, 128, 256, kSomeKeys, 128,  64, 3, 1, 0, 1, kFromRegisters},
     {kAnyRows, 128, 256, kSomeKeys, 128,  80, 2, 0, 1, 1, kFromRegisters},
     {kAnyRows, 256, 256,    kPairs, 128,  64, 2, 1, 1, 1, kFromRegisters, 4096},
     {kAnyRows, 256, 256, kSomeKeys, 128,  64, 2, 1, 1, 1, kFromRegisters},
@@ -120,11 +117,13 @@ constexpr bool set_tile(FwdSm90Config& c, const FwdSm90Tune& row, i64 rows, cons
 // (Mask::shift), with pages where its last box does.
 constexpr i64 window_cost(const FwdSm90Config& c, const Sight& sight) {
   constexpr i64 kStep = 18;
+  // As measured with long keys.
+  const i64 per_key = c.overlap ? 36 : (consumers(c) == 4 ? 29 : 33) + (joins_products(c) ? 0 : 2);
   const i64 reach = sight.reach + max(0, c.paged - 1);
   i64 tiles = 0;
   for (i64 w = 0; w < consumers(c); ++w)
     tiles += ceil_div((w + 1) * sight.tokens + reach, i64(c.block_n)) - w * sight.tokens / c.block_n;
-  return tiles * (c.block_n + kStep) * (c.overlap ? 9 : 8) / consumers(c);  // without overlap a key costs less
+  return tiles * (c.block_n + kStep) * per_key / consumers(c);
 }
 
 // Fills the tile of `c`, whose other fields are set, of at most `most` rows. False where no row fits.
