@@ -118,9 +118,9 @@ constexpr int consumer_registers(const FwdSm90Config& c) {
   return consumers(c) == 4 ? 112 : consumers(c) == 3 ? 160 : 232;
 }
 
-// Without overlap: whether a tile's scores are issued right behind the tile before by V, so that the tensor cores go
-// from one to the other while nobody watches. Scores and probabilities are then in registers at once. With fewer to
-// spare the assembler spills, or makes each multiplication wait for the one before.
+// Without overlap: whether a tile's scores are issued right behind the tile before by V, so that the tensor cores do
+// not stand still between the two. Probabilities and scores are then in registers at once. With fewer to spare the
+// assembler spills, or makes each multiplication wait for the one before.
 constexpr bool joins_products(const FwdSm90Config& c) {
   constexpr int kSpare = 32;
   const int kept = c.kept ? kKeptKeys : 0;  // their scores, besides

@@ -60,7 +60,8 @@ constexpr FwdSm90Tune kFwdSm90Tune[] = {
     {     512, 128, 128, kSomeKeys, 128, 128, 2, 1, 0, 2, kInPlaceOfQ},
     {kAnyRows, 128, 128, kSomeKeys, 192,  80, 3, 1, 0, 2, kInPlaceOfQ},
     {kAnyRows, 128, 128, kSomeKeys, 128, 128, 2, 1, 0, 2, kInPlaceOfQ},  // where there are few
-    {    1024, 128, 128, kSomeKeys, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},
+    {    1024, 128, 128, kEveryKey, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},
+    {     512, 128, 128, kSomeKeys, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},
     {kAnyRows, 128, 128,    kPages, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},
     {kAnyRows, 128, 128, kSomeKeys, 192,  80, 3, 1, 1, 2, kInPlaceOfQ},
     {kAnyRows, 128, 128, kSomeKeys, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},
@@ -68,6 +69,7 @@ constexpr FwdSm90Tune kFwdSm90Tune[] = {
     {kAnyRows, 192, 128,    kPages, 128, 128, 2, 1, 0, 1, kFromRegisters},
     {kAnyRows, 192, 128, kSomeKeys, 128,  64, 3, 1, 0, 2, kInPlaceOfQ},
     {    1024, 192, 128, kSomeKeys, 128,  64, 3, 1, 1, 2, kInPlaceOfQ},
+    {    4096, 192, 128, kSomeKeys, 192,  64, 3, 1, 1, 1, kFromRegisters},
     {kAnyRows, 192, 128, kSomeKeys, 192,  80, 2, 1, 1, 1, kFromRegisters},
     // Wide heads. Pairs read L2 half as often: up to 2 % in long sequences, where the GPU's power is what binds.
     {kAnyRows, 256, 128, kSomeKeys, 128,  96, 2, 0, 1, 1, kFromRegisters},
@@ -117,7 +119,7 @@ constexpr bool set_tile(FwdSm90Config& c, const FwdSm90Tune& row, i64 rows, cons
 // (Mask::shift), with pages where its last box does.
 constexpr i64 window_cost(const FwdSm90Config& c, const Sight& sight) {
   constexpr i64 kStep = 18;
-  // As measured with long keys.
+  // What a key costs in long sequences, as measured.
   const i64 per_key = c.overlap ? 36 : (consumers(c) == 4 ? 29 : 33) + (joins_products(c) ? 0 : 2);
   const i64 reach = sight.reach + max(0, c.paged - 1);
   i64 tiles = 0;
