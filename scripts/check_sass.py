@@ -1,8 +1,9 @@
 """Checks instructions of Hopper kernels, without a GPU, that neither a warning nor a wrong result tells of.
 
-The exponentials of a tile must stand between the wait for its scores and the wait for the output, else nothing runs
-under the multiplication by V; Configs without overlap wait for each multiplication alone. And no tensor copy may stand
-in a loop over lanes, which the compiler builds where it does not know that one lane alone comes there (ptx::elect).
+With overlap, the exponentials of a tile must stand between the wait for its scores and the wait for the output, else
+nothing runs under the multiplication by V. Without, a tile's scores are issued right behind the tile before by V, or
+each of the two is waited for alone. And no tensor copy may stand in a loop over lanes, which the compiler builds where
+it does not know that one lane alone comes there (ptx::elect).
 
 usage: check_sass.py [--share 1.0] CUBIN...     needs nvdisasm (pip install nvidia-cuda-nvdisasm, or a CUDA toolkit)
 """
@@ -14,9 +15,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
-OVERLAP = re.compile(rb"fwd_sm90\{.*?overlap=(\d)")
+CONFIG = re.compile(rb"fwd_sm90\{([^}]*)\}")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);")
 LANE_LOOP = "BRA.U.ANY"  # ends a loop over lanes around an instruction that takes uniform registers
 # What the loop's order is made of.
@@ -39,10 +42,11 @@ def disassemble(nvdisasm: str, cubin: Path) -> list[tuple[str, str]]:
     return INSTRUCTION.findall(sass)
 
 
-def overlaps(cubin: Path) -> bool:
-    """Of a file of the kernel cache, whose header names the Config; of any other image: yes."""
-    named = OVERLAP.search(cubin.read_bytes())
-    return not named or named[1] == b"1"
+def config_of(cubin: Path) -> dict[str, int]:
+    """Of a file of the kernel cache, whose header names it; of any other image, none."""
+    named = CONFIG.search(cubin.read_bytes())
+    fields = named[1].decode().split(", ") if named else []
+    return {name: int(value) for name, value in (field.split("=") for field in fields)}
 
 
 def lane_loops(instructions: list[tuple[str, str]]) -> int:
@@ -73,29 +77,41 @@ def shares(found: list[str]) -> list[float]:
     return result
 
 
+def verdict_alone(found: list[str], products: int) -> tuple[bool, str]:
+    """Without overlap: whether, where a multiplication is left pending, both stand together in front of the waits."""
+    pending = [n for n, event in enumerate(found) if event == SCORES_WAIT]
+    if not pending:
+        return True, "each multiplication is waited for"
+    both = [MULTIPLY] * products
+    apart = sum(found[n - products : n] != both or found[n + 1 : n + 2] != [OUTPUT_WAIT] for n in pending)
+    return not apart, f"{products} multiplications together, {len(pending)} times" + (
+        f", {apart} apart" if apart else ""
+    )
+
+
+def verdict(nvdisasm: str, share: float, cubin: Path) -> tuple[bool, str]:
+    instructions, config = disassemble(nvdisasm, cubin), config_of(cubin)
+    if loops := lane_loops(instructions):
+        return False, f"{loops} copies stand in loops over lanes"
+    found = events(instructions)
+    if config and not config["overlap"]:
+        return verdict_alone(found, (config["head_dim"] + 15) // 16 + config["block_n"] // 16)
+    under = shares(found)
+    text = ", ".join(f"{share:.2f}" for share in under) or "no loop was found"
+    return bool(under) and min(under) >= share, f"exponentials before the wait for the output: {text}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=1.0)
     parser.add_argument("cubins", nargs="+", type=Path)
     options = parser.parse_args()
-    nvdisasm = find_nvdisasm()
     failed = 0
-    for cubin in options.cubins:
-        instructions = disassemble(nvdisasm, cubin)
-        if loops := lane_loops(instructions):
-            failed += 1
-            print(f"{cubin.name}: {loops} copies stand in loops over lanes FAILED")
-        order = events(instructions)
-        if not overlaps(cubin):
-            bad = SCORES_WAIT in order
-            failed += bad
-            print(f"{cubin.name}: nothing overlaps{', but something is left pending FAILED' if bad else ''}")
-            continue
-        found = shares(order)
-        bad = not found or min(found) < options.share
-        failed += bad
-        text = ", ".join(f"{share:.2f}" for share in found) or "no loop was found"
-        print(f"{cubin.name}: exponentials before the wait for the output: {text}{' FAILED' if bad else ''}")
+    with ProcessPoolExecutor() as pool:
+        verdicts = pool.map(partial(verdict, find_nvdisasm(), options.share), options.cubins)
+        for cubin, (good, text) in zip(options.cubins, verdicts):
+            failed += not good
+            print(f"{cubin.name}: {text}{'' if good else ' FAILED'}")
     return failed != 0
 
 
