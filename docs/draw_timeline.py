@@ -34,7 +34,7 @@ class Timeline:
         self.ready = [0] * CONSUMERS
 
     def copy(self, what, tile):
-        """When a tile lands. Its stage is free again once every consumer has multiplied by it."""
+        """When a tile lands. Its stage is free again once no consumer needs it."""
         if (what, tile) not in self.landed:
             begin = max(self.issued + ISSUE, self.free[what].pop(0), self.known[tile[0]])
             self.issued, self.landed[what, tile] = begin, begin + COPY
@@ -51,7 +51,12 @@ class Timeline:
         begin = max(begin, self.tensor, self.copy(operand, tile))
         self.tensor = end = begin + MULTIPLY
         self.boxes.append(("tensor cores", begin, end, colour, f"{consumer}: {what}{tile[1]}"))
-        self.release(operand, tile, end)
+        return end
+
+    def output(self, consumer, tile):
+        """The product by V of a tile whose exponentials are there."""
+        end = self.multiply(consumer, self.ready[consumer], "PV", tile, "window")
+        self.release("V", tile, end)
         return end
 
     def work(self, consumer, begin, cycles, colour, text):
@@ -63,19 +68,19 @@ class Timeline:
             places = [(item, tile) for tile in tiles]
             for n, tile in enumerate(places):
                 for c in range(CONSUMERS):
-                    scores = self.multiply(c, self.ready[c], "QK", tile, "full")
-                    output = self.multiply(c, scores, "PV", places[n - 1], "window") if n else scores
+                    begin = self.output(c, places[n - 1]) if n else self.ready[c]
+                    scores = self.multiply(c, begin, "QK", tile, "full")
                     cycles = EXPONENTIALS if n else FIRST_EXPONENTIALS
-                    self.ready[c] = max(output, self.work(c, scores, cycles, "kept", f"exp {tile[1]}"))
-                if n + 1 < len(places):  # in the order in which the consumers need them
+                    self.ready[c] = self.work(c, scores, cycles, "kept", f"exp {tile[1]}")
+                    self.release("K", tile, self.ready[c] if n else scores)  # kept until its exponentials are good
+                self.copy("V", tile)  # in the order in which the consumers need them
+                if n + 1 < len(places):
                     self.copy("K", places[n + 1])
-                self.copy("V", tile)
                 if n == len(places) - 2 and item == ITEMS[0][0]:
                     self.find(places[2])
             if tiles[-1] == 0:
                 for c in range(CONSUMERS):
-                    output = self.multiply(c, self.ready[c], "PV", places[-1], "window")
-                    self.ready[c] = self.work(c, output, ROWS, "decode", "")
+                    self.ready[c] = self.work(c, self.output(c, places[-1]), ROWS, "decode", "")
         return self.boxes
 
     def find(self, tile):
