@@ -84,9 +84,8 @@ def verdict_alone(found: list[str], products: int) -> tuple[bool, str]:
         return True, "each multiplication is waited for"
     both = [MULTIPLY] * products
     apart = sum(found[n - products : n] != both or found[n + 1 : n + 2] != [OUTPUT_WAIT] for n in pending)
-    return not apart, f"{products} multiplications together, {len(pending)} times" + (
-        f", {apart} apart" if apart else ""
-    )
+    text = f"{products} multiplications together, {len(pending)} times"
+    return not apart, f"{text}, {apart} apart" if apart else text
 
 
 def verdict(nvdisasm: str, share: float, cubin: Path) -> tuple[bool, str]:
@@ -97,7 +96,7 @@ def verdict(nvdisasm: str, share: float, cubin: Path) -> tuple[bool, str]:
     if config and not config["overlap"]:
         return verdict_alone(found, (config["head_dim"] + 15) // 16 + config["block_n"] // 16)
     under = shares(found)
-    text = ", ".join(f"{share:.2f}" for share in under) or "no loop was found"
+    text = ", ".join(f"{part:.2f}" for part in under) or "no loop was found"
     return bool(under) and min(under) >= share, f"exponentials before the wait for the output: {text}"
 
 

@@ -322,8 +322,8 @@ int main(int count, char** arguments) {
   run<FwdSm90Config{3, 64, 64, 256, 48, 2, 1, 1, 0, 0, 0, 1}>(problems, 24);
   run<FwdSm90Config{3, 32, 64, 192, 144, 2, 1, 1, 0}>(problems, 25);
   run<FwdSm90Config{3, 64, 104, 192, 32, 3, 2, 1, 0}>(problems, 26);
-  run<FwdSm90Config{3, 32, 64, 256, 80, 2, 1, 1, 0, 1}>(problems, 28);
   run<FwdSm90Config{3, 128, 64, 128, 48, 2, 1, 0, 0, 1}>(problems, 27);
+  run<FwdSm90Config{3, 32, 64, 256, 80, 2, 1, 1, 0, 1}>(problems, 28);
   run<FwdSm90Config{3, 128, 128, 128, 64, 2, 2, 1, 1, 0, 0, 0, 0, 0, kInPlaceOfQ}>(problems, 30);
   run<FwdSm90Config{3, 128, 72, 192, 48, 2, 2, 1, 0, 0, 0, 0, 1, 0, kInPlaceOfQ}>(problems, 31);
   run<FwdSm90Config{3, 64, 40, 128, 48, 3, 2, 1, 1, 1, 0, 0, 0, 0, kInPlaceOfQ}>(problems, 32);
@@ -340,9 +340,9 @@ int main(int count, char** arguments) {
   run<FwdSm90Config{3, 64, 72, 128, 32, 2, 1, 1, 1, 0, 0, 0, 0, 1, kFromRegisters, 1}>(problems, 51);
   run<FwdSm90Config{3, 64, 64, 192, 48, 2, 2, 1, 1, 1, 0, 0, 1, 0, kInPlaceOfQ, 1}>(problems, 52);
   run<FwdSm90Config{3, 64, 64, 256, 48, 3, 2, 1, 0, 0, 0, 0, 1, 0, kInPlaceOfQ, 1}>(problems, 53);
-  run<FwdSm90Config{3, 32, 64, 256, 64, 2, 2, 1, 0, 0, 0, 0, 1, 0, kInPlaceOfQ, 1}>(problems, 56);
   run<FwdSm90Config{3, 40, 104, 128, 32, 2, 1, 0, 0, 1, 8, 0, 0, 0, kFromRegisters, 1}>(problems, 54);
   run<FwdSm90Config{3, 64, 64, 64, 32, 2, 1, 0, 1, 0, 16, 1, 1, 0, kFromRegisters, 1}>(problems, 55);
+  run<FwdSm90Config{3, 32, 64, 256, 64, 2, 2, 1, 0, 0, 0, 0, 1, 0, kInPlaceOfQ, 1}>(problems, 56);
   run<FwdSm90Config{3, 64, 64, 128, 32, 2, 1, 1, 1, 0, 0, 0, 0, 0, kFromRegisters, 0, 2}>(problems, 60);
   run<FwdSm90Config{3, 136, 72, 192, 48, 3, 1, 1, 1, 0, 0, 0, 0, 0, kFromRegisters, 0, 2}>(problems, 61);
   run<FwdSm90Config{3, 72, 200, 128, 32, 2, 1, 0, 1, 0, 0, 0, 1, 1, kFromRegisters, 0, 2}>(problems, 62);

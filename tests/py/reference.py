@@ -4,6 +4,7 @@ A call is described by rows: for each sequence, which rows of the flattened q an
 packed, partly used, left-padded and paged calls differ in nothing else. Gradients come from autograd.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -31,8 +32,9 @@ class Problem:
     keep: list = field(default_factory=list)  # per sequence [h, sq, sk], with dropout
 
 
+@functools.lru_cache(maxsize=64)  # a comparison asks for the same masks up to six times, and they take nearly all of it
 def visible(seqlen_q, seqlen_k, causal=False, window=(-1, -1), keep_first=0, force_fa_decode=False, full_from=None):
-    """The dense boolean mask [seqlen_q, seqlen_k], straight from the definition."""
+    """The dense boolean mask [seqlen_q, seqlen_k], straight from the definition. Nobody may write to it."""
     left, right = (INF if side < 0 else side for side in window)
     if causal:
         right = 0
