@@ -123,8 +123,9 @@ constexpr int consumer_registers(const FwdSm90Config& c) {
 // assembler spills, or makes each multiplication wait for the one before.
 constexpr bool joins_products(const FwdSm90Config& c) {
   constexpr int kSpare = 32;
-  const int kept = c.kept ? kKeptKeys : 0;  // their scores, besides
-  return !c.overlap && (2 * round_up_16(c.head_dim_v) + 3 * c.block_n + 2 * kept) / 4 <= consumer_registers(c) - kSpare;
+  if (c.kept && c.head_dim_v > 128) return false;  // 12 bytes of spills, for all that is spare
+  const int keys = c.block_n + (c.kept ? kKeptKeys : 0);
+  return !c.overlap && (2 * round_up_16(c.head_dim_v) + 3 * keys) / 4 <= consumer_registers(c) - kSpare;
 }
 
 constexpr bool valid(const FwdSm90Config& c) {

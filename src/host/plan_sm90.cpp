@@ -53,7 +53,8 @@ struct Shape {
   bool fits;
 };
 
-Shape shape_of(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune* tile = nullptr) {
+Shape shape_of(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune* tile = nullptr,
+               Supply supply = kManyBlocks) {
   Shape s{};
   FwdSm90Config& c = s.config;
   c.dtype = i32(p.dtype);
@@ -69,7 +70,8 @@ Shape shape_of(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune*
   if (!packs || p.seqlen_q * s.group > kMostRows) s.group = 1;
   c.pack = s.group > 1;
   const i64 rows = p.seqlen_q * s.group, groups = p.num_heads / s.group;
-  const Sight sight = sight_of(p, s.group);
+  Sight sight = sight_of(p, s.group);
+  sight.supply = supply;
   const auto blocks_of = [&](const FwdSm90Config& config) {
     const i64 all = p.batch * ceil_div<i64>(rows, config.block_m);
     return groups * (c.packed ? min(all, p.total_q * s.group / config.block_m + p.batch) : all);
@@ -101,17 +103,30 @@ double share_of_keys(const AttnParams& p) {
   return 1 - double(p.seqlen_q) / double(2 * p.seqlen_k);
 }
 
-// Few rows: parts fill the GPU. Prompts: the number that costs least. Costs are multiplications of one multiprocessor,
-// fitted to what 1 to 8 heads of 1024 to 4096 tokens take (docs/hopper-forward.md).
-i64 splits_of(const AttnParams& p, const Shape& s, const DeviceInfo& device) {
+// Of costs, which are multiplications of one multiprocessor, fitted to what 1 to 8 heads of 1024 to 4096 tokens take
+// (docs/hopper-forward.md): a block's start.
+constexpr double kStartPart = 5e6;
+
+// One row's multiplications with a key, times the rows of a block.
+double key_cost(const AttnParams& p, const Shape& s) {
+  return double(s.config.block_m) * double(p.head_dim + p.head_dim_v);
+}
+
+struct Splits {
+  i64 parts;
+  double cost;  // 0: there are blocks enough, or rows so few that only filling the GPU counts
+};
+
+// Few rows: parts fill the GPU. Prompts: the number that costs least.
+Splits splits_of(const AttnParams& p, const Shape& s, const DeviceInfo& device) {
   const i64 keys = s.key_tiles * s.config.block_n, slots = device.sm_count;
   if (s.config.block_m == kWarpgroupRows) {
     constexpr i64 kFewestKeys = 256;  // of a part: fewer cost more to write and to merge than they save
-    return choose_splits(s.blocks, keys / kFewestKeys, slots);
+    return {choose_splits(s.blocks, keys / kFewestKeys, slots), 0};
   }
-  constexpr double kStartPart = 5e6, kStartMerge = 11e6, kMergeRow = 2, kMergeRowAlone = 64;
-  const double share = share_of_keys(p), key = double(s.config.block_m) * double(p.head_dim + p.head_dim_v);
-  if (share < 1 ? double(s.blocks) * share >= double(slots) : fills(s.blocks, slots)) return 1;
+  constexpr double kStartMerge = 11e6, kMergeRow = 2, kMergeRowAlone = 64;
+  const double share = share_of_keys(p), key = key_cost(p, s);
+  if (share < 1 ? double(s.blocks) * share >= double(slots) : fills(s.blocks, slots)) return {1, 0};
   const auto cost = [&](i64 n) {
     const double part = double(ceil_div(keys, n)), waves = double(ceil_div(s.blocks * n, slots));
     // Uneven parts are dealt out the longest first: a triangle's fill the waves, those of a short query's are alike.
@@ -121,11 +136,30 @@ i64 splits_of(const AttnParams& p, const Shape& s, const DeviceInfo& device) {
     const double merge = kStartMerge + merging * double(p.num_heads * p.total_q * p.head_dim_v);
     return most * key + waves * kStartPart + (n > 1 ? merge : 0);
   };
-  i64 best = 1;
-  double least = cost(1);
+  Splits best = {1, cost(1)};
   for (i64 n = 2; n <= min(s.key_tiles, kMaxSplits); ++n)
-    if (const double c = cost(n); c < least) least = c, best = n;
+    if (const double c = cost(n); c < best.cost) best = {n, c};
   return best;
+}
+
+struct Work {
+  Shape shape;
+  i64 splits;
+};
+
+// Where there are fewer blocks than processors, blocks of one consumer may end sooner than parts of higher ones: they
+// have half the work and nothing to merge, but wait for their own exponentials. Parts are short: small tiles suit them.
+Work work_of(const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune* tile) {
+  constexpr double kWaits = 1.6;
+  const Shape s = shape_of(p, device, tile);
+  const Splits splits = splits_of(p, s, device);
+  if (tile || splits.cost == 0) return {s, splits.parts};
+  const Shape lone = shape_of(p, device, tile, kFewBlocks);
+  const double keys = double(lone.key_tiles * lone.config.block_n);
+  if (lone.config.block_m == kWarpgroupRows && lone.blocks <= device.sm_count &&
+      keys * key_cost(p, lone) * kWaits + kStartPart < splits.cost)
+    return {lone, 1};
+  return {splits.parts > 1 ? shape_of(p, device, tile, kSplitKeys) : s, splits.parts};
 }
 
 // Groups of heads whose row blocks are dealt out together, the longest first: as many as share the L2 cache with their
@@ -203,7 +237,7 @@ bool prefers_sm90(const AttnParams& p, const DeviceInfo& device) {
   const bool one_wave = s.blocks <= device.sm_count;
   if (rows <= kReadRows) {
     if (keys <= kFewKeys) return false;  // there is nothing to gain, and tensor maps take time of the host
-    return one_wave && (keys >= kLongKeys || splits_of(p, s, device) == 1);
+    return one_wave && (keys >= kLongKeys || splits_of(p, s, device).parts == 1);
   }
   // Row blocks with a tile of keys each cost what starting them costs.
   return one_wave || rows > kWarpgroupRows || keys * (p.head_dim + p.head_dim_v) * 2 > kTinyBytes;
@@ -211,8 +245,8 @@ bool prefers_sm90(const AttnParams& p, const DeviceInfo& device) {
 
 void add_forward_sm90(Plan& plan, const AttnParams& p, const DeviceInfo& device, const FwdSm90Tune* tile) {
   if (empty(p)) return;
-  Shape s = shape_of(p, device, tile);
-  reserve_splits(plan, p, splits_of(p, s, device));
+  auto [s, splits] = work_of(p, device, tile);
+  reserve_splits(plan, p, splits);
   s.config.split = plan.num_splits > 1;
   if (s.config.split) {  // parts are long, and registers few
     s.config.stages_q = s.config.cluster = 1;

@@ -9,9 +9,14 @@
 namespace strobe::host {
 
 // Which keys rows see: all of them the same ones, different ones, or those of a window. Of a table's row also: keys in
-// pages, or in pages that a tile of 64 keys divides, so that one box brings it; or all keys, and an even number of row
-// blocks, of which two share tiles.
-enum Masking { kEveryKey, kSomeKeys, kWindow, kPages, kWholePages, kPairs };
+// pages, or in pages that a tile of 64 keys divides, so that one box brings it; all keys, and an even number of row
+// blocks, of which two share tiles; all keys, and rows that fill these tiles about as well as lower ones; and what of
+// Supply is kSplitKeys and kFewBlocks.
+enum Masking { kEveryKey, kSomeKeys, kWindow, kPages, kWholePages, kPairs, kFilled, kParts, kLone };
+
+// What the GPU's processors have to do: there are blocks for all of them, or the keys are split into parts, or there is
+// less, and blocks of 64 rows make the most of it.
+enum Supply { kManyBlocks, kSplitKeys, kFewBlocks };
 
 // What a warpgroup's rows see.
 struct Sight {
@@ -19,6 +24,7 @@ struct Sight {
   i64 reach;   // kWindow: keys that a row sees beside its own
   i64 tokens;  // that the 64 rows belong to
   i32 page;    // most rows of a box of a page of keys; 0: not paged
+  Supply supply = kManyBlocks;
 };
 
 constexpr int kAnyRows = 1 << 30;
@@ -39,34 +45,43 @@ constexpr FwdSm90Tune kFwdSm90Tune[] = {
     {64, 128, 128, kSomeKeys,  64,  64, 2, 0, 1, 1, kFromRegisters},
     {64, 192, 192, kSomeKeys,  64,  48, 2, 0, 1, 1, kFromRegisters},
     {64, 256, 256, kSomeKeys,  64,  32, 2, 0, 1, 1, kFromRegisters},
+    // One sequence of few heads: blocks of one consumer, or parts of the keys.
+    {kAnyRows,  64,  64,   kLone,  64, 128, 3, 0, 0, 1, kFromRegisters},
+    {kAnyRows, 128, 128,   kLone,  64, 128, 2, 0, 0, 1, kFromRegisters},
+    {kAnyRows, 192, 128,   kLone,  64,  64, 2, 0, 0, 1, kFromRegisters},
+    {kAnyRows, 192, 192,   kLone,  64,  64, 2, 0, 1, 1, kFromRegisters},
+    {kAnyRows, 256, 256,   kLone,  64,  64, 2, 0, 1, 1, kFromRegisters},
+    {kAnyRows, 128, 128,  kParts, 128,  64, 3, 1, 0, 2, kInPlaceOfQ},
     // Windows: of these and the tile for all calls the one that computes the fewest keys (window_cost).
     {kAnyRows,  64,  64, kWindow, 256,  64, 4, 1, 0, 2, kInPlaceOfQ},
     {kAnyRows,  64,  64, kWindow, 256,  80, 4, 1, 0, 2, kInPlaceOfQ},
     {kAnyRows,  96,  96, kWindow, 256,  48, 3, 1, 0, 2, kInPlaceOfQ},
     {kAnyRows, 128, 128, kWindow, 192,  48, 4, 1, 0, 2, kInPlaceOfQ},
-    {kAnyRows, 128, 128, kWindow, 192,  64, 3, 1, 0, 2, kInPlaceOfQ},
-    {kAnyRows, 128, 128, kWindow, 192,  80, 3, 1, 0, 2, kInPlaceOfQ},
     // Short sequences: of smaller tiles less is computed for nothing, and 1024 rows are 5.3 tiles of 192. Soft caps take
-    // what overlaps.
+    // what overlaps. Pages of 64 come in one box where tiles hold as many keys.
     {     192,  64,  64, kSomeKeys, 192, 128, 3, 1, 1, 2, kInPlaceOfQ},
     {kAnyRows,  64,  64, kSomeKeys, 256,  64, 4, 1, 0, 2, kInPlaceOfQ},
     {kAnyRows,  64,  64, kSomeKeys, 192, 128, 3, 1, 1, 2, kInPlaceOfQ},
     {    1024,  96,  96, kSomeKeys, 256,  48, 3, 1, 0, 2, kInPlaceOfQ},
-    {kAnyRows,  96,  96, kSomeKeys, 192, 144, 2, 1, 0, 1, kFromRegisters},
+    {kAnyRows,  96,  96, kWholePages, 192, 64, 3, 1, 0, 2, kInPlaceOfQ},
+    {kAnyRows,  96,  96,    kPages, 192,  96, 3, 1, 0, 1, kFromRegisters},
+    {kAnyRows,  96,  96, kSomeKeys, 192,  64, 3, 1, 0, 2, kInPlaceOfQ},
     {kAnyRows,  96,  96, kSomeKeys, 192, 112, 2, 1, 1, 2, kInPlaceOfQ},
-    {    1024,  64, 128, kSomeKeys, 192,  64, 4, 1, 0, 2, kInOwnPlace},
+    {kAnyRows,  64, 128, kWholePages, 192, 64, 4, 1, 0, 2, kInOwnPlace},
+    {kAnyRows,  64, 128,    kPages, 192,  96, 3, 1, 0, 2, kInOwnPlace},
+    {    4096,  64, 128, kSomeKeys, 192,  64, 4, 1, 0, 2, kInOwnPlace},
     {kAnyRows,  64, 128, kSomeKeys, 192,  80, 4, 1, 0, 2, kInOwnPlace},
+    {    1024, 128, 128,   kFilled, 192,  64, 3, 1, 0, 2, kInPlaceOfQ},
     {    1024, 128, 128, kEveryKey, 128, 128, 2, 1, 0, 2, kInPlaceOfQ},
-    {     512, 128, 128, kSomeKeys, 128, 128, 2, 1, 0, 2, kInPlaceOfQ},
-    {kAnyRows, 128, 128, kSomeKeys, 192,  80, 3, 1, 0, 2, kInPlaceOfQ},
+    {     256, 128, 128, kSomeKeys, 128, 128, 2, 1, 0, 2, kInPlaceOfQ},
+    {kAnyRows, 128, 128, kSomeKeys, 192,  64, 3, 1, 0, 2, kInPlaceOfQ},
     {kAnyRows, 128, 128, kSomeKeys, 128, 128, 2, 1, 0, 2, kInPlaceOfQ},  // where there are few
     {    1024, 128, 128, kEveryKey, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},
     {     512, 128, 128, kSomeKeys, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},
     {kAnyRows, 128, 128,    kPages, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},
     {kAnyRows, 128, 128, kSomeKeys, 192,  80, 3, 1, 1, 2, kInPlaceOfQ},
     {kAnyRows, 128, 128, kSomeKeys, 128, 128, 2, 1, 1, 2, kInPlaceOfQ},
-    {kAnyRows, 192, 128, kWholePages, 192, 64, 3, 1, 1, 1, kFromRegisters},
-    {kAnyRows, 192, 128,    kPages, 128, 128, 2, 1, 0, 1, kFromRegisters},
+    {kAnyRows, 192, 128,    kPages, 192,  64, 3, 1, 0, 1, kFromRegisters},
     {kAnyRows, 192, 128, kSomeKeys, 128,  64, 3, 1, 0, 2, kInPlaceOfQ},
     {    1024, 192, 128, kSomeKeys, 128,  64, 3, 1, 1, 2, kInPlaceOfQ},
     {    4096, 192, 128, kSomeKeys, 192,  64, 3, 1, 1, 1, kFromRegisters},
@@ -90,6 +105,15 @@ constexpr bool meant(const FwdSm90Tune& row, i64 rows, const Sight& sight) {
   switch (row.masking) {
     case kPairs:
       return sight.masking == kEveryKey && !sight.page && ceil_div<i64>(rows, row.block_m) % 2 == 0;
+    case kFilled: {
+      constexpr i64 kLower = 128;  // rows of tiles that run 1/16 slower where both are full
+      const auto padded = [&](i64 block_m) { return ceil_div(rows, block_m) * block_m; };
+      return sight.masking == kEveryKey && padded(row.block_m) * 16 <= padded(kLower) * 17;
+    }
+    case kParts:
+      return sight.supply == kSplitKeys;
+    case kLone:
+      return sight.supply == kFewBlocks;
     case kPages:
       return sight.page > 0;
     case kWholePages:

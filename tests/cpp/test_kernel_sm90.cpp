@@ -336,6 +336,7 @@ int main(int count, char** arguments) {
   run<FwdSm90Config{3, 64, 64, 192, 48, 2, 2, 1, 1, 1, 8, 0, 1, 0, kInPlaceOfQ}>(problems, 41);
   run<FwdSm90Config{3, 64, 40, 192, 32, 3, 2, 1, 0, 0, 32, 0, 1, 0, kInPlaceOfQ}>(problems, 42);
   run<FwdSm90Config{3, 64, 104, 128, 32, 2, 2, 0, 1, 1, 16, 0, 0, 0, kInOwnPlace}>(problems, 43);
+  run<FwdSm90Config{3, 72, 64, 192, 48, 3, 1, 1, 0, 0, 16, 0, 1}>(problems, 44);
   run<FwdSm90Config{3, 64, 64, 64, 32, 2, 1, 0, 1, 0, 0, 0, 1, 0, kFromRegisters, 1}>(problems, 50);
   run<FwdSm90Config{3, 64, 72, 128, 32, 2, 1, 1, 1, 0, 0, 0, 0, 1, kFromRegisters, 1}>(problems, 51);
   run<FwdSm90Config{3, 64, 64, 192, 48, 2, 2, 1, 1, 1, 0, 0, 1, 0, kInPlaceOfQ, 1}>(problems, 52);

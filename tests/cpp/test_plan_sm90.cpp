@@ -189,7 +189,9 @@ void test_tiles() {
   for (const FwdSm90Tune& row : kFwdSm90Tune) {
     FwdSm90Config c = {i32(DType::bf16), row.max_dim, row.max_dim_v};
     const i32 page = row.masking == kPages ? 16 : row.masking == kWholePages ? 64 : 0;
-    const Sight sight = {row.masking == kPairs ? kEveryKey : Masking(row.masking), 0, 64, page};
+    const bool every = row.masking == kPairs || row.masking == kFilled;
+    const Supply supply = row.masking == kParts ? kSplitKeys : row.masking == kLone ? kFewBlocks : kManyBlocks;
+    const Sight sight = {every ? kEveryKey : Masking(row.masking), 0, 64, page, supply};
     expect(meant(row, 2 * row.block_m, sight) &&
                set_tile(c, row, 2 * row.block_m, sight, typical_device(90).smem_per_block) &&
                c.staging == row.staging && c.stages_q == row.stages_q && (c.cluster == 2) == (row.masking == kPairs),
@@ -301,11 +303,32 @@ void test_splits() {
   expect(older.count == 2 && !older.launches[1].overlaps, "sm_80 cannot start it early", "sm_80");
 }
 
+// Rows that are all there fill tall tiles, or lower ones are taken.
+void test_filled() {
+  for (const auto& [length, block_m] :
+       {std::pair{256, 128}, {512, 128}, {640, 128}, {768, 192}, {1024, 128}, {1100, 192}}) {
+    const Plan plan = plan_forward_sm90(dense(32, length, length, 16, 16, 128, 128), typical_device(90));
+    expect(config_of(plan).block_m == block_m, "rows of a tile", std::to_string(length) + " queries");
+  }
+}
+
+// A page of 64 keys is one box where dims allow it.
+void test_page_boxes() {
+  for (const auto& [dim, dim_v] :
+       {std::pair{64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}, {32, 64}, {64, 128}, {96, 192}, {128, 256}}) {
+    AttnParams p = dense(4, 4096, 4096, 32, 8, dim, dim_v);
+    p.causal = true;
+    put_in_pages(p, 64);
+    const std::string call = "dims " + std::to_string(dim) + ", " + std::to_string(dim_v);
+    expect(config_of(plan_forward_sm90(p, typical_device(90))).paged == 64, "a box of a whole page", call);
+  }
+}
+
 // One sequence of few heads: low tiles fill the GPU, and keys are split where merging costs less than it saves.
 void test_prompts() {
   const DeviceInfo device = typical_device(90);
-  const auto plan_of = [&](i64 length, i64 heads) {
-    AttnParams p = dense(1, length, length, heads, heads, 128, 128);
+  const auto plan_of = [&](i64 length, i64 heads, i64 dim = 128) {
+    AttnParams p = dense(1, length, length, heads, heads, dim, dim);
     p.causal = true;
     return plan_forward_sm90(p, device);
   };
@@ -317,16 +340,20 @@ void test_prompts() {
     if (splits) {
       const i64 rows = plan.launches[1].grid[0] * i64(plan.launches[1].kernel.values[2]);
       expect(rows >= heads * length && rows < heads * (length + 3) + 16, "every row is merged", call);
+      expect(config_of(plan).block_n == 64, "parts have small tiles", call);
     }
   };
   has(1024, 16, 128, false);
-  has(1024, 8, 128, false);
+  has(1024, 8, 64, false);  // a block a processor
   has(4096, 8, 128, false);
   has(4096, 64, 192, false);
   has(4096, 2, 128, true);
   has(4096, 4, 128, true);
   has(8192, 4, 128, false);  // causal blocks fill the GPU without, the longest first
   has(3001, 1, 128, true);
+  const Plan wide = plan_of(1024, 8, 256);
+  expect(config_of(wide).block_m == 64 && wide.num_splits == 1 && wide.launches[0].grid[0] == 128,
+         "blocks of one consumer, none of them split, cost less than parts", "8 heads, 1024 tokens, wide");
   expect(plan_of(1024, 1).num_splits <= strobe::kFewParts, "parts that a warp merges", "1 head, 1024 tokens");
 }
 
@@ -416,6 +443,8 @@ int main() {
   test_append();
   test_pairs();
   test_splits();
+  test_filled();
+  test_page_boxes();
   test_prompts();
   test_pages();
   test_order();
