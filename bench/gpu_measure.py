@@ -9,7 +9,7 @@ from bench.measure import interleave, measure_host
 
 FLUSH = 256 << 20  # bytes, several times any L2
 CYCLES = 2e9  # of a multiprocessor in a second, at most: a longer wait than asked for is harmless
-ROUNDS = 7
+ROUNDS = 15
 
 
 class Queued:

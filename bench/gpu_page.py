@@ -10,7 +10,7 @@ TITLES = {
     "window": "Windows (rates count visible pairs)",
     "decode": "Decoding (TB/s of visible keys and values)",
     "prompt": "Prompts of one sequence and few heads",
-    "pages": "Prompts whose keys lie in pages, after the same call on plain tensors",
+    "pages": "Prompts whose keys lie in pages (strobe-plain: the same call on plain tensors)",
     "append": "Appending to a cache, with rotary embedding, and attending",
     "host": "Host time of a call",
     "jit": "First calls",

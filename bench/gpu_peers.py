@@ -5,6 +5,7 @@ padding). Results come back as Strobe's: [batch, seqlen, heads, dim], packed [to
 """
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -65,6 +66,15 @@ def strobe_on(backend, task, inputs):
             return strobe.flash_attn_func(q, k, v, **options)
 
     return prepared(task.kind, attend, (inputs.q, inputs.k, inputs.v), inputs.dout, plain)
+
+
+def strobe_plain(task, inputs):
+    """A prompt whose keys lie in pages, with its keys in tensors: what pages cost."""
+    if task.suite != "pages":
+        return None
+    k, v = (x[inputs.page_table.long()].flatten(1, 2) for x in (inputs.k, inputs.v))
+    plain_inputs = dataclasses.replace(inputs, k=k, v=v, seqused_k=None, page_table=None)
+    return strobe_on(None, dataclasses.replace(task, kind="forward"), plain_inputs)
 
 
 # PyTorch's scaled_dot_product_attention
@@ -266,6 +276,7 @@ def fa4(task, inputs):
 
 SYSTEMS = {  # Strobe first: "strobe" is its planner's choice
     "strobe": functools.partial(strobe_on, None),
+    "strobe-plain": strobe_plain,
     "strobe-sm80": functools.partial(strobe_on, "sm80"),
     "sdpa": sdpa,
     "fa2": fa2,

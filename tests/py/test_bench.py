@@ -249,6 +249,10 @@ RUNS = [
         "decode", "decode",
         Case((1,) * 3, (40,) * 3, "bf16", 16, heads=4, heads_k=2, causal=True, layout="paged", page_size=8), "TB/s",
     ),
+    cases.Task(
+        "pages", "decode",
+        Case((40,) * 3, (40,) * 3, "bf16", 16, heads=4, heads_k=2, causal=True, layout="paged", page_size=8), "TFLOP/s",
+    ),
     cases.Task("append", "append", Case((5,) * 2, (40,) * 2, "bf16", 16, heads=4, causal=True), "us"),
     cases.Task(
         "append", "append",
@@ -269,9 +273,11 @@ def test_systems_agree_with_float64(task):
     systems = {name: gpu_peers.SYSTEMS[name] for name in ("strobe", "sdpa")}
     if task.kind in ("forward", "backward") and task.case.layout == "dense" and task.case.window == (-1, -1):
         systems["fa2"] = gpu_peers.SYSTEMS["fa2"]
+    systems["strobe-plain"] = gpu_peers.SYSTEMS["strobe-plain"]
     values = gpu_run.run_task(task, 0.0, systems, {}, "cpu", made_up_seconds)
     assert values["strobe"] == pytest.approx(cases.in_unit(task, 1e-3))
     assert all(not isinstance(value, str) for value in values.values()), values
+    assert ("strobe-plain" in values) == (task.suite == "pages")
     assert ("fa2" in values) == ("fa2" in systems)
 
 
