@@ -86,14 +86,14 @@ def prompt(quick):
 
 def paged_prompt(quick):
     """Prompts whose keys lie in pages."""
-    tasks = []
-    for d, dv in ((128, 128),) if quick else SAME + UNEQUAL:
-        base = dict(dtype="bf16", head_dim=d, head_dim_v=dv, heads=HEADS[d], heads_k=HEADS[d] // 4)
-        for causal in (False, True):
-            plain = Case((4096,) * 4, (4096,) * 4, **base, causal=causal)
-            paged = [replace(plain, layout="paged", page_size=size) for size in (16, 64)]
-            tasks += [Task("pages", "decode", case, "TFLOP/s") for case in paged]
-    return tasks
+    lengths = (4096,) * 4
+    cases = [
+        Case(lengths, lengths, "bf16", d, dv, HEADS[d], HEADS[d] // 4, causal=causal, layout="paged", page_size=size)
+        for d, dv in (((128, 128),) if quick else SAME + UNEQUAL)
+        for causal in (False, True)
+        for size in (16, 64)
+    ]
+    return [Task("pages", "decode", case, "TFLOP/s") for case in cases]
 
 
 def append(quick):

@@ -39,6 +39,11 @@ def rotation(rows, head_dim, dtype, device):
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def out_of_pages(x, pages):
+    """[..., keys, heads, dim] of the pages [..., columns] of a cache x [num_pages, page_size, heads, dim]."""
+    return x[pages.long()].flatten(-4, -3)
+
+
 def make_inputs(task, device, seed=0):
     case = task.case
     draw = Draw(case, device, seed)

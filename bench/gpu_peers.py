@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import strobe
+from bench.gpu_inputs import out_of_pages
 from bench.peers import Prepared, prepared
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +73,7 @@ def strobe_plain(task, inputs):
     """A prompt whose keys lie in pages, with its keys in tensors: what pages cost."""
     if task.suite != "pages":
         return None
-    k, v = (x[inputs.page_table.long()].flatten(1, 2) for x in (inputs.k, inputs.v))
+    k, v = (out_of_pages(x, inputs.page_table) for x in (inputs.k, inputs.v))
     plain_inputs = dataclasses.replace(inputs, k=k, v=v, seqused_k=None, page_table=None)
     return strobe_on(None, dataclasses.replace(task, kind="forward"), plain_inputs)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.cases import bounds
+from bench.gpu_inputs import out_of_pages
 
 ELEMENTS = 1 << 25  # scores held at once
 
@@ -41,7 +42,7 @@ def keys_of(x, inputs, b):
     """[keys, heads, dim] of a sequence, out of its pages if it has any."""
     if inputs.page_table is None:
         return rows_of(x, inputs, b)
-    return x[inputs.page_table[b].long()].flatten(0, 1)
+    return out_of_pages(x, inputs.page_table[b])
 
 
 def rotate(x, cos, sin):

@@ -270,10 +270,9 @@ def made_up_seconds(task, calls, budget):
 @pytest.mark.parametrize("task", RUNS, ids=lambda task: f"{task.suite} {task.name}")
 def test_systems_agree_with_float64(task):
     """The GPU benchmark's systems that also run on CPU tensors pass its check, whatever the task."""
-    systems = {name: gpu_peers.SYSTEMS[name] for name in ("strobe", "sdpa")}
+    systems = {name: gpu_peers.SYSTEMS[name] for name in ("strobe", "strobe-plain", "sdpa")}
     if task.kind in ("forward", "backward") and task.case.layout == "dense" and task.case.window == (-1, -1):
         systems["fa2"] = gpu_peers.SYSTEMS["fa2"]
-    systems["strobe-plain"] = gpu_peers.SYSTEMS["strobe-plain"]
     values = gpu_run.run_task(task, 0.0, systems, {}, "cpu", made_up_seconds)
     assert values["strobe"] == pytest.approx(cases.in_unit(task, 1e-3))
     assert all(not isinstance(value, str) for value in values.values()), values
