@@ -52,20 +52,16 @@ struct Sm90Ring {
   }
 };
 
-// The tiles of a walk in the order in which they are loaded: from the last to the first.
-struct Sm90Queue {
-  i32 next, begin, kept_begin, kept_end;
-  __device__ __forceinline__ explicit Sm90Queue(const Sm90Work& work)
-      : next(work.run[1].end), begin(work.run[1].begin), kept_begin(work.run[0].begin), kept_end(work.run[0].end) {}
-  __device__ __forceinline__ i32 take() {
-    if (next == begin) next = kept_end, begin = kept_begin;
-    return --next;
-  }
-};
-
-// Where a lane's box of a tile of keys begins: in a batch entry, or in a page.
+// Where a box of keys begins: in a batch entry, or in a page.
 struct Sm90Place {
   i32 row, batch;
+};
+
+// Where a tile's boxes are. In pages each lane knows of one box, of this tile or of one near it: the first box of this
+// tile is lane `first`'s.
+struct Sm90Boxes {
+  Sm90Place place;
+  i32 first;
 };
 
 // Tiles before an item's end at which the next item is taken.
@@ -207,10 +203,11 @@ __device__ __forceinline__ void scout(const FwdSm90Launch& launch, const Sm90Sha
 template <FwdSm90Config C>
 __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90Shared<C>& shared, int warp) {
   constexpr int kWarps = producer_warps(C), kBoxes = C.paged ? C.block_n / C.paged : 1;  // of a panel
-  constexpr int kEach = ceil_div(kBoxes, kWarps);  // of a warp: its lanes know where, and the elected lane copies
+  constexpr int kTogether = C.paged ? 32 / kBoxes : 1;  // tiles whose boxes a warp's lanes look up at once
   const AttnParams& p = launch.p;
   const int lane = lane_id();
-  const bool leads = kWarps == 1 || warp == 0;
+  const int share = kWarps == 1 ? 0 : warp;  // of the copies
+  const bool leads = share == 0;
   if (C.split != 0 && leads) ptx::start_dependents();
   if (leads && lane == 0) {
     ptx::prefetch_tensormap(launch.q);
@@ -233,28 +230,34 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
       if constexpr (kBringsQ) load_q<C>(launch, shared, q_ring, work);
       break;
     }
-    const auto place_of = [&](i32 key_tile, int box) -> Sm90Place {
-      const i32 begin = key_tile * C.block_n - (key_tile >= work.run[0].end ? work.shift : 0);
+    // Tiles are loaded from the last to the first, those of kept tokens behind the others.
+    const i32 tiles = work.head.tiles, recent = work.run[1].end - work.run[1].begin;
+    const i32 recent_end = work.run[1].end - 1, kept_end = work.run[0].end - 1 + recent;
+    const auto look_up = [&](i32 n) -> Sm90Place {
+      if constexpr (C.paged != 0) n += lane / kBoxes;
+      const i32 begin = n < recent ? (recent_end - n) * C.block_n - work.shift : (kept_end - n) * C.block_n;
       if constexpr (C.paged == 0) {
         return {work.k_row + begin, work.k_batch};
       } else {
-        if (box >= kBoxes) return {};
+        if (n >= tiles || lane >= kTogether * kBoxes) return {};
         const i32* const pages = p.page_table + work.batch * p.page_table_stride;
-        const u32 row = u32(begin + box * C.paged), column = launch.page.quotient(row);
+        const u32 row = u32(begin + lane % kBoxes * C.paged), column = launch.page.quotient(row);
         const i32 page = pages[min(i64(column), p.max_pages - 1)];
         return {i32(row - column * launch.page.divisor), max(0, min(page, i32(p.num_pages) - 1))};
       }
     };
-    // first: the block of a cluster that brings the first panel; they take turns.
-    const auto load = [&](const TensorMap& map, u32 to, u32 full, Sm90Place from, i32 head, auto dim, u32 first) {
+    // The elected lane of each warp copies every kWarps-th box. first: the block of a cluster that brings the first
+    // panel; they take turns.
+    const auto load = [&](const TensorMap& map, u32 to, u32 full, Sm90Boxes from, i32 head, auto dim, int share,
+                          u32 first) {
       constexpr int kPanels = panels(dim.value);
       const bool elected = ptx::elect();
       if (elected && leads) ptx::mbarrier_expect_tx(full, u32(C.block_n * kPanels * 128));
 #pragma unroll
-      for (int n = 0; n < kEach; ++n) {
-        const int box = n * kWarps + warp;
-        const i32 row = kBoxes == 1 ? from.row : __shfl_sync(0xffffffffu, from.row, n);
-        const i32 batch = kBoxes == 1 ? from.batch : __shfl_sync(0xffffffffu, from.batch, n);
+      for (int n = 0; n < ceil_div(kBoxes, kWarps); ++n) {
+        const int box = n * kWarps + share;
+        const i32 row = C.paged ? __shfl_sync(0xffffffffu, from.place.row, from.first + box) : from.place.row;
+        const i32 batch = C.paged ? __shfl_sync(0xffffffffu, from.place.batch, from.first + box) : from.place.batch;
         if (!elected || box >= kBoxes) continue;
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
@@ -268,26 +271,24 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
         }
       }
     };
-    const auto load_k = [&](Sm90Place from) {
+    // Shares differ by a box: the warp with more of K's has fewer of V's.
+    const auto load_k = [&](Sm90Boxes from) {
       const u32 stage = k_ring.stage;
       wait_together(shared.k_free(stage), k_ring.parity);
-      load(launch.k, shared.k(stage), shared.k_full(stage), from, work.head_k, Int<C.head_dim>{}, 0);
+      load(launch.k, shared.k(stage), shared.k_full(stage), from, work.head_k, Int<C.head_dim>{}, share, 0);
       k_ring.advance();
     };
-    const auto load_v = [&](Sm90Place from) {
+    const auto load_v = [&](Sm90Boxes from) {
       const u32 stage = v_ring.stage;
       wait_together(shared.v_free(stage), v_ring.parity);
-      load(launch.v, shared.v(stage), shared.v_full(stage), from, work.head_v, Int<C.head_dim_v>{}, 1);
+      load(launch.v, shared.v(stage), shared.v_full(stage), from, work.head_v, Int<C.head_dim_v>{}, kWarps - 1 - share,
+           1);
       v_ring.advance();
     };
 
-    const i32 tiles = work.head.tiles;
-    Sm90Queue queue(work);
-    // A read of the page table takes long: it is made before a stage is waited for, and once for K and V.
-    const auto look_up = [&] { return place_of(queue.take(), kBoxes == 1 ? 0 : lane * kWarps + warp); };
-    Sm90Place last = {};  // of the tile whose V is still to come
+    Sm90Boxes last = {};  // of the tile whose V is still to come
     if (tiles > 0) {
-      last = look_up();
+      last.place = look_up(0);
       load_k(last);
     }
     if constexpr (kBringsQ) load_q<C>(launch, shared, q_ring, work);
@@ -304,7 +305,9 @@ __device__ __forceinline__ void produce(const FwdSm90Launch& launch, const Sm90S
           ptx::mbarrier_arrive(shared.work_free());
       }
       if (n >= tiles) break;
-      const Sm90Place next = look_up();
+      // A read of the page table takes long: it is made for many boxes, before a stage is waited for.
+      Sm90Boxes next = {last.place, last.first + kBoxes};
+      if (kTogether == 1 || next.first == kTogether * kBoxes) next = {look_up(n), 0};
       // In the order in which a consumer needs them.
       if constexpr (C.overlap == 0) load_v(last);
       load_k(next);

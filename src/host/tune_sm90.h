@@ -52,27 +52,27 @@ constexpr FwdSm90Tune kFwdSm90Tune[] = {
     {kAnyRows, 192, 192,   kLone,  64,  64, 2, 0, 1, 1, kFromRegisters},
     {kAnyRows, 256, 256,   kLone,  64,  64, 2, 0, 1, 1, kFromRegisters},
     {kAnyRows, 128, 128,  kParts, 128,  64, 3, 1, 0, 2, kInPlaceOfQ},
-    // Windows: of these and the tile for all calls the one that computes the fewest keys (window_cost).
+    // Windows: of their rows, here and below, and the first other one that fits, the one that computes the fewest keys
+    // (window_cost).
     {kAnyRows,  64,  64, kWindow, 256,  64, 4, 1, 0, 2, kInPlaceOfQ},
     {kAnyRows,  64,  64, kWindow, 256,  80, 4, 1, 0, 2, kInPlaceOfQ},
     {kAnyRows,  96,  96, kWindow, 256,  48, 3, 1, 0, 2, kInPlaceOfQ},
-    {kAnyRows, 128, 128, kWindow, 192,  48, 4, 1, 0, 2, kInPlaceOfQ},
     // Short sequences: of smaller tiles less is computed for nothing, and 1024 rows are 5.3 tiles of 192. Soft caps take
     // what overlaps. Pages of 64 come in one box where tiles hold as many keys.
     {     192,  64,  64, kSomeKeys, 192, 128, 3, 1, 1, 2, kInPlaceOfQ},
     {kAnyRows,  64,  64, kSomeKeys, 256,  64, 4, 1, 0, 2, kInPlaceOfQ},
     {kAnyRows,  64,  64, kSomeKeys, 192, 128, 3, 1, 1, 2, kInPlaceOfQ},
     {    1024,  96,  96, kSomeKeys, 256,  48, 3, 1, 0, 2, kInPlaceOfQ},
-    {kAnyRows,  96,  96, kWholePages, 192, 64, 3, 1, 0, 2, kInPlaceOfQ},
-    {kAnyRows,  96,  96,    kPages, 192,  96, 3, 1, 0, 1, kFromRegisters},
     {kAnyRows,  96,  96, kSomeKeys, 192,  64, 3, 1, 0, 2, kInPlaceOfQ},
     {kAnyRows,  96,  96, kSomeKeys, 192, 112, 2, 1, 1, 2, kInPlaceOfQ},
+    {kAnyRows,  64, 128,   kWindow, 192,  64, 4, 1, 0, 2, kInOwnPlace},
     {kAnyRows,  64, 128, kWholePages, 192, 64, 4, 1, 0, 2, kInOwnPlace},
-    {kAnyRows,  64, 128,    kPages, 192,  96, 3, 1, 0, 2, kInOwnPlace},
+    {kAnyRows,  64, 128,    kPages, 192,  80, 4, 1, 0, 2, kInOwnPlace},
     {    4096,  64, 128, kSomeKeys, 192,  64, 4, 1, 0, 2, kInOwnPlace},
     {kAnyRows,  64, 128, kSomeKeys, 192,  80, 4, 1, 0, 2, kInOwnPlace},
     {    1024, 128, 128,   kFilled, 192,  64, 3, 1, 0, 2, kInPlaceOfQ},
     {    1024, 128, 128, kEveryKey, 128, 128, 2, 1, 0, 2, kInPlaceOfQ},
+    {kAnyRows, 128, 128,   kWindow, 192,  48, 4, 1, 0, 2, kInPlaceOfQ},
     {     256, 128, 128, kSomeKeys, 128, 128, 2, 1, 0, 2, kInPlaceOfQ},
     {kAnyRows, 128, 128, kSomeKeys, 192,  64, 3, 1, 0, 2, kInPlaceOfQ},
     {kAnyRows, 128, 128, kSomeKeys, 128, 128, 2, 1, 0, 2, kInPlaceOfQ},  // where there are few
@@ -88,8 +88,10 @@ constexpr FwdSm90Tune kFwdSm90Tune[] = {
     {kAnyRows, 192, 128, kSomeKeys, 192,  80, 2, 1, 1, 1, kFromRegisters},
     // Wide heads. Pairs read L2 half as often: up to 2 % in long sequences, where the GPU's power is what binds.
     {kAnyRows, 256, 128, kSomeKeys, 128,  96, 2, 0, 1, 1, kFromRegisters},
+    {kAnyRows, 128, 192,   kWindow, 128,  96, 2, 1, 0, 1, kFromRegisters},
     {kAnyRows, 128, 192, kSomeKeys, 128, 128, 2, 1, 0, 1, kFromRegisters},
     {kAnyRows, 128, 192, kSomeKeys, 128, 128, 2, 1, 1, 1, kFromRegisters},
+    {kAnyRows, 192, 192,   kWindow, 128,  96, 2, 1, 0, 1, kFromRegisters},
     {kAnyRows, 192, 192, kSomeKeys, 128, 112, 2, 1, 0, 1, kFromRegisters},
     {kAnyRows, 192, 192, kSomeKeys, 128, 112, 2, 0, 1, 1, kFromRegisters},
     {kAnyRows, 128, 256,    kPairs, 128,  64, 3, 1, 0, 1, kFromRegisters, 4096},
@@ -139,8 +141,8 @@ constexpr bool set_tile(FwdSm90Config& c, const FwdSm90Tune& row, i64 rows, cons
   return valid(c) && smem_bytes(c) <= smem_per_block;
 }
 
-// Keys that the warpgroups of a tile compute, and a few for each step, where tiles end with the tile's last row
-// (Mask::shift), with pages where its last box does.
+// Keys that the busiest warpgroup of a tile computes, since the others take turns with it, and a few for each step,
+// where tiles end with the tile's last row (Mask::shift), with pages where its last box does.
 constexpr i64 window_cost(const FwdSm90Config& c, const Sight& sight) {
   constexpr i64 kStep = 18;
   // What a key costs in long sequences, as measured.
@@ -148,8 +150,8 @@ constexpr i64 window_cost(const FwdSm90Config& c, const Sight& sight) {
   const i64 reach = sight.reach + max(0, c.paged - 1);
   i64 tiles = 0;
   for (i64 w = 0; w < consumers(c); ++w)
-    tiles += ceil_div((w + 1) * sight.tokens + reach, i64(c.block_n)) - w * sight.tokens / c.block_n;
-  return tiles * (c.block_n + kStep) * per_key / consumers(c);
+    tiles = max(tiles, ceil_div((w + 1) * sight.tokens + reach, i64(c.block_n)) - w * sight.tokens / c.block_n);
+  return tiles * (c.block_n + kStep) * per_key;
 }
 
 // Fills the tile of `c`, whose other fields are set, of at most `most` rows. False where no row fits.
