@@ -68,7 +68,8 @@ Problem make(const FwdSm90Config& c) {
     const i64 rows = c.block_m * pick({1, 1, 3}) + pick({1, 40, c.block_m});
     p.seqlen_q = max<i64>(1, rows * p.num_heads_k / (c.pack ? p.num_heads : p.num_heads_k));
   }
-  p.seqlen_k = pick({1, 31, 64, 100, 200, 333}) + (c.split ? 300 : 0);
+  // Long enough for parts of their own, and for pages to be looked up several times.
+  p.seqlen_k = pick({1, 31, 64, 100, 200, 333}) + (c.split || (c.paged && below(2)) ? 300 : 0);
   // Large scores: references move, and exponentials against the one before overflow.
   p.scale = float(pick({1, 1, 5, 25})) / std::sqrt(float(c.head_dim));
   p.softcap = c.softcap ? 3.f : 0.f;
